@@ -1,0 +1,40 @@
+"""Instruction fine-tuning of pretrained language models: a Jupyter course and the library that it writes"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public names by module. They are imported on first use (PEP 562), so `import instruct_ft` loads none of them.
+_MODULES = {
+    "settings": "InputError Settings load_settings repo_root results_dir set_seed",
+    "claims": "Claim ClaimError claim claims_table read_claims",
+    "atlas.facts": "atlas_path",
+    "atlas.instructions": "instructions",
+    "data.collect": "StepResult accounting collect steps",
+    "data.clean": "clean drop_empty drop_exact_duplicates",
+    "data.split": "Splits split",
+    "data.convert": "detect_format to_messages",
+    "tokenization.encode": "TEMPLATES Encoded encode encode_prompt encode_rows resolve_template"
+    " show_tokens stop_ids",
+    "model.load": "load_model model_card pick_device",
+    "model.adapters": "add_lora merge_adapter",
+    "training.trainer": "InstructTrainer Run collate fine_tune",
+    "eval.generate": "Answer generate stream",
+    "eval.metrics": "exact_match score_rows wilson",
+    "eval.report": "write_report",
+    "pipeline": "run",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 - the names are strings
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
