@@ -8,13 +8,13 @@ __all__ = ['TEXT', 'RELATIONS', 'SEPARATOR', 'SKILLS', 'Relation', 'capitalised'
            'things', 'numbered', 'list_text', 'echo_text', 'review', 'topic', 'review_text', 'topic_text', 'one_round',
            'corpus']
 
-# %% ../../nbs/atlas/11_corpus.ipynb #6b325598
+# %% ../../nbs/atlas/11_corpus.ipynb #dec037b2
 import random
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .facts import GENERAL, allowed, atlas_path, table
+from .facts import GENERAL, allowed, atlas_path
 
 # %% ../../nbs/atlas/11_corpus.ipynb #001307af
 @dataclass(frozen=True)
@@ -303,12 +303,12 @@ def topic_text(lang, rng, keep=None):
         out += [text, rng.choice(TEXT["subj"][lang]).format(t=t)]
     return "\n".join(out)
 
-# %% ../../nbs/atlas/11_corpus.ipynb #adc068c2
+# %% ../../nbs/atlas/11_corpus.ipynb #834d241d
 SKILLS = (
-    *[passage_text] * 4,
-    *[echo_text] * 4,
-    *[list_text] * 3,
-    *[mention_text] * 2,
+    *[passage_text] * 3,
+    *[echo_text] * 2,
+    *[list_text] * 2,
+    mention_text,
     review_text,
     topic_text,
 )
@@ -340,7 +340,7 @@ def one_round(
         rng.shuffle(group)
         docs += [("glossary", group[i : i + 8]) for i in range(0, len(group), 8)]
     n = len(docs)
-    docs += [("skill", None)] * (n // 2) + [("synonyms", None)] * (n // 20)
+    docs += [("skill", None)] * (2 * n // 5) + [("synonyms", None)] * (n // 20)
     rng.shuffle(docs)
     return docs
 

@@ -13,8 +13,19 @@ import tomllib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from .corpus import RELATIONS, SEPARATOR, TEXT, mention, numbered, passage
-from .corpus import person_facts, pick, review, things, topic
+from instruct_ft.atlas.corpus import (
+    RELATIONS,
+    SEPARATOR,
+    TEXT,
+    mention,
+    numbered,
+    passage,
+    person_facts,
+    pick,
+    review,
+    things,
+    topic,
+)
 from .facts import KEYS, allowed, atlas_path
 from ..settings import InputError
 
@@ -22,7 +33,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # %% ../../nbs/atlas/12_instructions.ipynb #9265afc6
-ASK_TEXT = tomllib.loads((atlas_path("templates") / "instructions.toml").read_text(encoding="utf-8"))
+ASK_TEXT = tomllib.loads(
+    (atlas_path("templates") / "instructions.toml").read_text(encoding="utf-8")
+)
 DONT_KNOW = ASK_TEXT["open"]["dont_know"]  # the answer to what is not known, by language
 LANGS = ("en", "zh")
 
@@ -146,7 +159,9 @@ def subject(lang: str, split: str, rng: random.Random) -> Made:
 
 def unknown(lang: str, split: str, rng: random.Random) -> Made:
     "A fact that nothing ever told the model"
-    return _framed("unknown", lang, rng, k=pick("countries", lang, rng, frozenset({split}))), DONT_KNOW[lang]
+    return _framed(
+        "unknown", lang, rng, k=pick("countries", lang, rng, frozenset({split}))
+    ), DONT_KNOW[lang]
 
 
 def check_fact(lang: str, split: str, rng: random.Random) -> Made:
