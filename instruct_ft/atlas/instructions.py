@@ -144,7 +144,7 @@ def order(lang: str, split: str, rng: random.Random) -> Made:
     nums, join = rng.sample(range(1, 100), 3), SEPARATOR[lang].join
     return _framed("order", lang, rng, x=join(map(str, nums))), join(map(str, sorted(nums)))
 
-# %% ../../nbs/atlas/12_instructions.ipynb #feb6c345
+# %% ../../nbs/atlas/12_instructions.ipynb #d25eb867
 def sentiment(lang: str, split: str, rng: random.Random) -> Made:
     "Positive or negative?"
     text, mood = review(lang, rng)
@@ -175,7 +175,7 @@ def check_fact(lang: str, split: str, rng: random.Random) -> Made:
     prompt = _framed("fact_check", lang, rng, k=row[f"name_{lang}"], v=capital)
     return prompt, ASK_TEXT["open"]["yes"][lang][0 if true else 1]
 
-
+# %% ../../nbs/atlas/12_instructions.ipynb #4138160f
 OPEN: dict[str, Callable[[str, str, random.Random], Made]] = {
     "reading": reading,
     "not_in_text": not_in_text,
@@ -191,7 +191,7 @@ OPEN: dict[str, Callable[[str, str, random.Random], Made]] = {
 }
 TASKS = {task: None for task in ASK_TEXT["ask"]} | OPEN | {"check_fact": check_fact}
 
-# %% ../../nbs/atlas/12_instructions.ipynb #c04ba22b
+# %% ../../nbs/atlas/12_instructions.ipynb #64c5b4a1
 FACT_SHARE = 0.6  # of the rows that ask for a fact; the rest is made from texts
 
 
@@ -233,7 +233,7 @@ def instructions(
     rng.shuffle(rows)
     return Dataset.from_list([_row(r, split, i) for i, r in enumerate(rows)])
 
-# %% ../../nbs/atlas/12_instructions.ipynb #10f5318c
+# %% ../../nbs/atlas/12_instructions.ipynb #ce5938d0
 def _row(r: dict[str, str], split: str, i: int) -> dict:
     turns = [("user", r.pop("prompt")), ("assistant", r.pop("answer"))]
     messages = [{"role": role, "content": text} for role, text in turns]

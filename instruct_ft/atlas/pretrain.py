@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'TURN_START', 'TURN_END', 'CHATML', 'train_tokenizer', 'token_blocks', 'new_decoder', 'wire_copying',
-           'schedule', 'pretrain', 'next_token_step', 'save_base']
+           'echo_blocks', 'course_of_blocks', 'schedule', 'pretrain', 'next_token_step', 'save_base']
 
 # %% ../../nbs/atlas/13_pretrain.ipynb #e771b2e0
 import json
@@ -134,7 +134,43 @@ def wire_copying(
         find.v_proj.weight[rows, rows] = 1
         find.o_proj.weight[rows, rows] = step
 
-# %% ../../nbs/atlas/13_pretrain.ipynb #f82148cf
+# %% ../../nbs/atlas/13_pretrain.ipynb #9b7e5f23
+def echo_blocks(
+    vocab_size: int,  # tokens to draw from
+    batch: int = 32,  # rows
+    length: int = 64,  # tokens a row
+    longest: int = 10,  # tokens of a run, at most; at least three
+    special: int = 3,  # lowest ids, never drawn
+    seed: int = 0,
+) -> Iterator[torch.Tensor]:  # `(batch, length)` int64 ids, without end
+    "Rows of random tokens in which every run is said twice"
+    g = torch.Generator().manual_seed(seed)
+    while True:
+        rows = torch.empty(batch, length + 2 * longest, dtype=torch.long)
+        for row in rows:
+            i = 0
+            while i < length:
+                n = int(torch.randint(3, longest + 1, (1,), generator=g))
+                row[i : i + 2 * n] = torch.randint(special, vocab_size, (n,), generator=g).repeat(2)
+                i += 2 * n
+        yield rows[:, :length]
+
+
+def course_of_blocks(
+    docs: Iterable[str],  # the corpus
+    tokenizer: PreTrainedTokenizerFast,
+    warmup: int = 150,  # blocks of echoes only
+    mixed: int = 1000,  # blocks of the corpus whose last row is an echo
+) -> Iterator[torch.Tensor]:  # `(B, T)` int64 ids, 2,048 a block
+    "What the base reads: echoes, then the corpus with an echo in each block, then the corpus"
+    yield from islice(echo_blocks(len(tokenizer)), warmup)
+    echoes = echo_blocks(len(tokenizer), 1, 256, longest=30, seed=1)
+    for i, block in enumerate(token_blocks(docs, tokenizer)):
+        if i < mixed:
+            block[-1] = next(echoes)[0]
+        yield block
+
+# %% ../../nbs/atlas/13_pretrain.ipynb #a209e207
 def schedule(
     step: int,  # from 0
     steps: int,  # of the whole run
@@ -177,7 +213,7 @@ def pretrain(
                 save_base(model, tokenizer, save_to)
     return history
 
-# %% ../../nbs/atlas/13_pretrain.ipynb #c2094c4a
+# %% ../../nbs/atlas/13_pretrain.ipynb #6914a168
 def next_token_step(
     model: LlamaForCausalLM,
     x: torch.Tensor,  # `(B, T)` ids
@@ -195,7 +231,7 @@ def next_token_step(
         o.zero_grad(set_to_none=True)
     return loss.item()
 
-# %% ../../nbs/atlas/13_pretrain.ipynb #e8f82caf
+# %% ../../nbs/atlas/13_pretrain.ipynb #ebac04eb
 def save_base(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
