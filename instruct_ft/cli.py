@@ -72,13 +72,13 @@ Every default can be changed in settings.ini (the nearest one above the current
 folder) or by an environment variable such as INSTRUCT_FT_SEED.
 Exit codes: 0 done, 1 a fault of the program, 2 bad input, 130 stopped."""
 
-# %% ../nbs/69_cli.ipynb #0ae5875b
+# %% ../nbs/69_cli.ipynb #174fb21b
 def _format(prog: str) -> argparse.HelpFormatter:
     "Help as wide as the terminal, at most 100 columns, with our line breaks"
     width = min(get_terminal_size().columns - 2, 100)
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width)
 
-
+# %% ../nbs/69_cli.ipynb #fb950a2c
 class _Parser(argparse.ArgumentParser):
     "Errors are one sentence; option names cannot be shortened"
 
@@ -101,7 +101,7 @@ class _Parser(argparse.ArgumentParser):
                 f"there is no option {rest[0]!r}" + (f" (did you mean {near[0]}?)" if near else "")
             )
 
-
+# %% ../nbs/69_cli.ipynb #0783f7c5
 def _settings_options(parser: _Parser, settings: Settings, groups: dict) -> None:
     "Options for settings, each with the value that holds when it is not given"
     for title, flags in groups.items():
@@ -121,87 +121,67 @@ def _common(parser: _Parser) -> None:
     )
     other.add_argument("-h", "--help", action="help", help="show this page")
 
-# %% ../nbs/69_cli.ipynb #4a95973a
-def build_parser(
-    settings: Settings,  # whose values the pages show as defaults
-) -> argparse.ArgumentParser:  # with the sub-commands `run` and `chat`
-    "The options of `instruct-ft`"
-    top = _Parser(prog="instruct-ft", usage="instruct-ft COMMAND [options]", description=_TOP)
-    commands = top.add_subparsers(
-        dest="command",
-        metavar="COMMAND",
-        title="commands",
-        prog="instruct-ft",
-        parser_class=_Parser,
-    )
-    other = top.add_argument_group("other")
-    other.add_argument("--version", action="store_true", help="print the version and leave")
-    other.add_argument("-h", "--help", action="help", help="show this page")
-
+# %% ../nbs/69_cli.ipynb #dba55d0b
+def _run_options(commands, settings: Settings) -> None:
+    "The options of `instruct-ft run`"
     run = commands.add_parser(
         "run", help="fine-tune a model and write a report", usage="instruct-ft run [--data FILE ...] [options]",
         description=_RUN, epilog=_RUN_EXAMPLES,
     )  # fmt: skip
-    data = run.add_argument_group("what to learn from")
+    data, many = (
+        run.add_argument_group("what to learn from"),
+        dict(nargs="+", action="extend", metavar="FILE"),
+    )
     data.add_argument(
         "--data",
-        metavar="FILE",
-        nargs="+",
-        action="extend",
+        **many,
         help="files with your rows; quoted patterns such as 'data/*.jsonl' work too",
     )
-    data.add_argument(
-        "--limit",
-        metavar="ROWS",
-        help="use at most so many rows (of each split, with the built-in data)",
-    )
+    limit = "use at most so many rows (of each split, with the built-in data)"
+    data.add_argument("--limit", metavar="ROWS", help=limit)
     _settings_options(run, settings, _GROUPS)
-    where = run.add_argument_group("where to write")
-    where.add_argument(
-        "--out",
-        metavar="DIR",
-        help=f"folder of this run; must not exist or be empty (default: {settings.output_dir}/NAME)".replace(
-            "%", "%%"
-        ),
-    )
+    where, folder = run.add_argument_group("where to write"), settings.output_dir.replace("%", "%%")
+    free = f"folder of this run; must not exist or be empty (default: {folder}/NAME)"
+    where.add_argument("--out", metavar="DIR", help=free)
     where.add_argument("--name", help="name of this run (default: BASE-METHOD-DATE-TIME)")
     where.add_argument(
         "--quiet", action="store_true", help="print the folder of the run and nothing else"
     )
     _common(run)
 
-    _chat_options(commands)
-    return top
-
-
+# %% ../nbs/69_cli.ipynb #21b52d88
 def _chat_options(commands) -> None:
     "The options of `instruct-ft chat`"
     talk = commands.add_parser(
         "chat", help="talk to a finished run", usage="instruct-ft chat RUN [--ask QUESTION] [options]",
         description="Talk to a finished run, or to any causal checkpoint, in the terminal.",
     )  # fmt: skip
-    talk.add_argument_group("whom to talk to").add_argument(
-        "run", metavar="RUN", help="folder of a run, or a --base"
-    )
-    how = talk.add_argument_group("how")
+    whom, how = talk.add_argument_group("whom to talk to"), talk.add_argument_group("how")
+    whom.add_argument("run", metavar="RUN", help="folder of a run, or a --base")
     how.add_argument("--ask", metavar="QUESTION", help="print one answer and leave")
     how.add_argument("--system", metavar="TEXT", help="system message")
-    how.add_argument(
-        "--max-new-tokens",
-        dest="max_new_tokens",
-        metavar="TOKENS",
-        help="longest answer (default: 512)",
-    )
-    how.add_argument(
-        "--temperature",
-        metavar="X",
-        default="0",
-        help="0: the likeliest token each time; above: more varied (default: 0)",
-    )
+    how.add_argument("--max-new-tokens", metavar="TOKENS", help="longest answer (default: 512)")
+    varied = "0: the likeliest token each time; above: more varied (default: 0)"
+    how.add_argument("--temperature", metavar="X", default="0", help=varied)
     how.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
     _common(talk)
 
-# %% ../nbs/69_cli.ipynb #20a472ef
+# %% ../nbs/69_cli.ipynb #03a201af
+def build_parser(
+    settings: Settings,  # whose values the pages show as defaults
+) -> argparse.ArgumentParser:  # with the sub-commands `run` and `chat`
+    "The options of `instruct-ft`"
+    top = _Parser(prog="instruct-ft", usage="instruct-ft COMMAND [options]", description=_TOP)
+    known = dict(dest="command", metavar="COMMAND", title="commands", prog="instruct-ft")
+    commands = top.add_subparsers(parser_class=_Parser, **known)
+    other = top.add_argument_group("other")
+    other.add_argument("--version", action="store_true", help="print the version and leave")
+    other.add_argument("-h", "--help", action="help", help="show this page")
+    _run_options(commands, settings)
+    _chat_options(commands)
+    return top
+
+# %% ../nbs/69_cli.ipynb #f0347d68
 def _chosen(
     args: argparse.Namespace,  # parsed options
 ) -> Settings:  # settings file, environment and options together
@@ -221,7 +201,7 @@ def _whole(flag: str, text: str | None, low: int = 1) -> int | None:
         raise InputError(f"{flag} {text!r} is not allowed; give a whole number from {low} up.")
     return int(text)
 
-
+# %% ../nbs/69_cli.ipynb #037ef0e7
 def _temperature(text: str) -> float:
     try:
         value = float(text)
@@ -231,7 +211,7 @@ def _temperature(text: str) -> float:
         raise InputError(f"--temperature {text!r} is not allowed; give a number from 0 to 10.")
     return value
 
-# %% ../nbs/69_cli.ipynb #d1888063
+# %% ../nbs/69_cli.ipynb #b0eee5f4
 _ENVIRONMENT = dict(
     OMP_WAIT_POLICY="passive",
     TOKENIZERS_PARALLELISM="false",
@@ -247,7 +227,7 @@ def _prepare() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
-
+# %% ../nbs/69_cli.ipynb #eff4890c
 def _run(args: argparse.Namespace) -> int:
     "`instruct-ft run`"
     settings, limit = _chosen(args), _whole("--limit", args.limit)
@@ -262,13 +242,13 @@ def _run(args: argparse.Namespace) -> int:
     print(result.summary() if loud else result.path)
     return 0
 
-# %% ../nbs/69_cli.ipynb #733e1a07
+# %% ../nbs/69_cli.ipynb #28a028ba
 _CHAT_HELP = """/reset          forget the conversation so far
 /system TEXT    begin anew with this system message
 /quit           leave (Ctrl-D does the same)
 Ctrl-C while an answer is being written stops the answer."""
 
-
+# %% ../nbs/69_cli.ipynb #dbfba6de
 def _answer(reply, messages: list[dict], out, plain: bool = False) -> str:
     "Print one answer as it is written (`plain`: without making control characters visible), and return it"
     from instruct_ft.eval.report import shown
@@ -283,7 +263,7 @@ def _answer(reply, messages: list[dict], out, plain: bool = False) -> str:
     print(file=out, flush=True)
     return "".join(said)
 
-# %% ../nbs/69_cli.ipynb #e4ee2609
+# %% ../nbs/69_cli.ipynb #06a000b9
 def chat(
     reply,  # callable: messages -> iterator of pieces of text
     system: str | None = None,  # system message to begin with
@@ -320,7 +300,7 @@ def chat(
             except InputError as e:  # for instance a question longer than the model can read
                 print(f"({e})", file=out)
 
-# %% ../nbs/69_cli.ipynb #f5ad4946
+# %% ../nbs/69_cli.ipynb #e618b851
 def _chat(args: argparse.Namespace) -> int:
     "`instruct-ft chat`"
     temperature, most = (
@@ -351,7 +331,7 @@ def _chat(args: argparse.Namespace) -> int:
     chat(reply, args.system)
     return 0
 
-# %% ../nbs/69_cli.ipynb #9ab142bd
+# %% ../nbs/69_cli.ipynb #58bd2983
 def _log(
     error: BaseException,  # what happened
 ) -> Path:  # the file with the traceback
@@ -370,7 +350,7 @@ def _log(
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
         return path
 
-
+# %% ../nbs/69_cli.ipynb #a0e31cad
 def _fail(message: str, code: int) -> int:
     "One line on standard error"
     from instruct_ft.eval.report import shown
@@ -378,7 +358,7 @@ def _fail(message: str, code: int) -> int:
     print("instruct-ft: error: " + shown(" ".join(message.split())), file=sys.stderr)
     return code
 
-# %% ../nbs/69_cli.ipynb #169567cb
+# %% ../nbs/69_cli.ipynb #2b916d13
 @contextmanager
 def _polite_kill() -> Iterator[None]:
     "Let SIGTERM do what Ctrl-C does, so that nothing is left half written"
@@ -396,7 +376,7 @@ def _polite_kill() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
 
-
+# %% ../nbs/69_cli.ipynb #c642327f
 def _defaults() -> Settings:
     "Settings for the help page, which must appear even when settings.ini is broken"
     try:
@@ -404,7 +384,7 @@ def _defaults() -> Settings:
     except InputError:
         return Settings()
 
-
+# %% ../nbs/69_cli.ipynb #8c0f5550
 def main(
     argv: list[str] | None = None,  # options; None: those of the process
 ) -> int:  # exit code
@@ -428,7 +408,7 @@ def main(
             1,
         )
 
-# %% ../nbs/69_cli.ipynb #57ee6f1b
+# %% ../nbs/69_cli.ipynb #b281b944
 def _main(argv: list[str] | None) -> int:
     "Parse and do; errors are the caller's"
     parser = build_parser(_defaults())

@@ -36,7 +36,7 @@ from .data.split import split
 from .eval.report import figure, say, shown, verdict, write_report
 from .settings import InputError, Settings, load_settings, set_seed
 
-# %% ../nbs/68_pipeline.ipynb #312d8d07
+# %% ../nbs/68_pipeline.ipynb #6b51a180
 @dataclass
 class Rows:
     "What a run learns from and is measured on"
@@ -50,7 +50,7 @@ class Rows:
     )
     builtin: Annotated[bool, "the Atlas instructions, with `kind` for each row"] = False
 
-
+# %% ../nbs/68_pipeline.ipynb #418a5860
 def atlas_rows(
     settings: Settings,  # its seed is used
     limit: int | None = None,  # at most so many rows of each split
@@ -68,7 +68,7 @@ def atlas_rows(
     ]
     return Rows(*parts, [made, cleaned], builtin=True)
 
-# %% ../nbs/68_pipeline.ipynb #54ecf346
+# %% ../nbs/68_pipeline.ipynb #5cee4659
 def split_sizes(
     n: int,  # rows to divide
 ) -> tuple[None, int, int]:  # for `split`: the rest for training, validation, test
@@ -80,7 +80,7 @@ def split_sizes(
     aside = min(200, max(round(0.05 * n), min(5, n // 5), 1))
     return None, aside, aside
 
-# %% ../nbs/68_pipeline.ipynb #149cbb82
+# %% ../nbs/68_pipeline.ipynb #dc704318
 def _limit(
     rows: Dataset,  # conversation rows
     limit: int | None,  # None: all
@@ -97,7 +97,7 @@ def _limit(
     ]
     return [StepResult(rows.select(sorted(chosen)), set_aside(gone), step="limit")]
 
-
+# %% ../nbs/68_pipeline.ipynb #b6b9f28b
 def file_rows(
     data: Any,  # files, patterns, or rows as dicts
     settings: Settings,  # its seed is used
@@ -127,10 +127,10 @@ def file_rows(
     parts = split(rows, split_sizes(len(rows)), settings.seed)
     return Rows(*parts, results, [str(w.message) for w in caught])
 
-# %% ../nbs/68_pipeline.ipynb #7c38e09a
+# %% ../nbs/68_pipeline.ipynb #14d3883b
 PARTS = ("train", "validation", "test")
 
-
+# %% ../nbs/68_pipeline.ipynb #bdecc59c
 def encode_parts(
     rows: Rows,  # changed: each part keeps the rows that could be encoded, and the step is added
     tokenizer: Any,  # of the base
@@ -160,7 +160,7 @@ def encode_parts(
     rows.steps.append(StepResult(kept, dropped, changes, "encode"))
     return encoded
 
-
+# %% ../nbs/68_pipeline.ipynb #d5085faa
 def count_tokens(
     encoded: list,  # `Encoded` conversations
 ) -> dict[str, int]:  # rows, total, learned and longest (tokens)
@@ -173,7 +173,7 @@ def count_tokens(
         longest=max(lengths),
     )
 
-# %% ../nbs/68_pipeline.ipynb #a3cf24a0
+# %% ../nbs/68_pipeline.ipynb #1db1edb0
 def question_and_answer(
     row: dict,  # a conversation row
 ) -> tuple[list[dict], str]:  # messages to ask with, and the text that is expected
@@ -181,7 +181,7 @@ def question_and_answer(
     last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
     return row["messages"][:last], row["messages"][last]["content"]
 
-
+# %% ../nbs/68_pipeline.ipynb #081e21e4
 def pick(
     rows: Dataset,  # conversation rows, with or without `task` and `lang`
     n: int = 10,  # how many
@@ -197,7 +197,7 @@ def pick(
     rounds = [g[turn] for turn in range(n) for g in groups.values() if turn < len(g)]
     return rounds[:n]
 
-# %% ../nbs/68_pipeline.ipynb #54e6d4b8
+# %% ../nbs/68_pipeline.ipynb #1ea08c48
 def row_losses(
     model: Any,  # a causal model
     encoded: list,  # `Encoded` conversations
@@ -230,7 +230,7 @@ def row_losses(
         sums[group, 1] = learned.sum(1).tolist()
     return sums
 
-
+# %% ../nbs/68_pipeline.ipynb #0149b1fe
 def mean_interval(
     *tops: np.ndarray,  # `(N,)` sums of each row: one array, or two whose difference is meant
     counts: np.ndarray,  # `(N,)` what the sums are divided by
@@ -239,10 +239,10 @@ def mean_interval(
     "95% interval of a mean over tokens, by drawing rows again 2000 times"
     top = tops[1] - tops[0] if len(tops) == 2 else tops[0]
     draw = np.random.default_rng(seed).integers(0, len(counts), (2000, len(counts)))
-    low, high = np.percentile(top[draw].sum(1) / counts[draw].sum(1), [12.5, 87.5])
+    low, high = np.percentile(top[draw].sum(1) / counts[draw].sum(1), [2.5, 97.5])
     return float(low), float(high)
 
-# %% ../nbs/68_pipeline.ipynb #ad96f6ba
+# %% ../nbs/68_pipeline.ipynb #efb8ea6d
 def run_name(
     settings: Settings,  # base_model and method go into the name
     name: str | None = None,  # what the user calls it
@@ -261,7 +261,7 @@ def run_name(
     base = re.sub(r"[^\w.-]+", "-", base).strip("-.") or "model"
     return f"{base}-{settings.method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
-
+# %% ../nbs/68_pipeline.ipynb #2092441f
 @contextmanager
 def run_folder(
     path: Path,  # where the run is to stand; must not exist, or be empty
@@ -287,7 +287,7 @@ def run_folder(
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/68_pipeline.ipynb #35266740
+# %% ../nbs/68_pipeline.ipynb #c7e498f3
 def command(
     settings: Settings,  # of the run
     data: Any = None,  # files; None: the built-in rows
@@ -308,7 +308,7 @@ def command(
             words += ["--" + key.replace("base_model", "base").replace("_", "-"), f"{value}"]
     return shlex.join(words)
 
-
+# %% ../nbs/68_pipeline.ipynb #b46b312e
 def versions() -> dict[str, str]:  # package -> version
     "What the run was made with"
     import platform
@@ -320,7 +320,7 @@ def versions() -> dict[str, str]:  # package -> version
         n: version(n) for n in names
     }
 
-# %% ../nbs/68_pipeline.ipynb #1db6a7f5
+# %% ../nbs/68_pipeline.ipynb #30c0013b
 @dataclass
 class RunResult:
     "A finished run"
@@ -360,7 +360,7 @@ class RunResult:
     def _repr_markdown_(self) -> str:
         return f"```\n{self.summary()}\n```"
 
-# %% ../nbs/68_pipeline.ipynb #e7cf757b
+# %% ../nbs/68_pipeline.ipynb #a5163dad
 @dataclass
 class _Work:
     "What the stages of a run share"
@@ -384,7 +384,7 @@ class _Work:
         yield
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 2)
 
-
+# %% ../nbs/68_pipeline.ipynb #668b2f66
 def _answers(
     work: _Work,
     indices: list[int],  # of test rows
@@ -404,7 +404,7 @@ def _answers(
         )  # fmt: skip
     return dict(zip(indices, answers))
 
-# %% ../nbs/68_pipeline.ipynb #d7771883
+# %% ../nbs/68_pipeline.ipynb #3ebdcf47
 def measure(
     work: _Work,
     when: str,  # "before" or "after"
@@ -419,7 +419,7 @@ def measure(
     losses = row_losses(work.model, work.encoded["test"], 0 if pad is None else pad)
     return dict(answers=answers, losses=losses)
 
-
+# %% ../nbs/68_pipeline.ipynb #8269f373
 def _right(work: _Work, answers: dict[int, Any]) -> dict[int, bool]:
     "Which answers are exactly the expected ones"
     from instruct_ft.eval.metrics import exact_match
@@ -437,7 +437,7 @@ def _share(name: str, label: str, flags: list[bool]) -> dict:
     k, n = sum(flags), len(flags)
     return figure(name, label, k / n, *wilson(k, n), n=n)
 
-# %% ../nbs/68_pipeline.ipynb #1ba75dae
+# %% ../nbs/68_pipeline.ipynb #e6b43e13
 def atlas_figures(work: _Work, before: dict, after: dict) -> tuple[list[dict], str]:
     "Headline figures and verdict on the built-in rows"
     kind = work.rows.test["kind"]
@@ -468,7 +468,7 @@ def atlas_figures(work: _Work, before: dict, after: dict) -> tuple[list[dict], s
     ]
     return figures, verdict(*figures[:2], "closed-book questions")
 
-
+# %% ../nbs/68_pipeline.ipynb #0c3ac26d
 def file_figures(work: _Work, before: dict, after: dict) -> tuple[list[dict], str]:
     "Headline figures and verdict on a user's rows"
     nats, counts = (before["losses"][:, 0], after["losses"][:, 0]), before["losses"][:, 1]
@@ -497,7 +497,7 @@ def file_figures(work: _Work, before: dict, after: dict) -> tuple[list[dict], st
         *figures[:2], "predicting the expected answers (loss in nats a token)", change
     )
 
-# %% ../nbs/68_pipeline.ipynb #a128fd92
+# %% ../nbs/68_pipeline.ipynb #519808fc
 def caveats(work: _Work) -> list[str]:
     "What a reader of the figures has to know"
     notes, n, most = list(work.rows.notes), len(work.rows.test), work.settings.max_new_tokens
@@ -522,7 +522,7 @@ def caveats(work: _Work) -> list[str]:
         )
     return notes
 
-
+# %% ../nbs/68_pipeline.ipynb #3ac2347d
 def _case(work: _Work, i: int, before: dict, after: dict, right: tuple[dict, dict]) -> dict:
     "One row of the before/after table"
     row, asked = work.rows.test[i], question_and_answer(work.rows.test[i])
@@ -547,7 +547,7 @@ def _case(work: _Work, i: int, before: dict, after: dict, right: tuple[dict, dic
         }
     return case
 
-# %% ../nbs/68_pipeline.ipynb #b69ece6f
+# %% ../nbs/68_pipeline.ipynb #9eefe582
 def conclude(
     work: _Work,
     before: dict,  # from `measure`
@@ -572,7 +572,7 @@ def conclude(
         tokens=count_tokens(work.encoded["train"]), model=model_card(run.model), versions=versions(),
     )  # fmt: skip
 
-# %% ../nbs/68_pipeline.ipynb #7f2451f3
+# %% ../nbs/68_pipeline.ipynb #28356943
 def slices(
     work: _Work,
     answers: dict[int, Any],  # index of a test row -> `Answer`
@@ -586,7 +586,7 @@ def slices(
         return []
     return score_rows(work.rows.test.select(list(answers)), list(answers.values())).groups
 
-
+# %% ../nbs/68_pipeline.ipynb #99a3917f
 def write(
     folder: Path,  # of the run, still hidden
     run: Any,  # from `fine_tune`
@@ -608,7 +608,7 @@ def write(
         (folder / name).write_text(text + "\n", encoding="utf-8")
     write_report(folder / "report.html", result)
 
-
+# %% ../nbs/68_pipeline.ipynb #4ae21908
 def _finite(value: Any) -> Any:
     "JSON knows no NaN: what is not finite becomes null"
     if isinstance(value, dict):
@@ -617,7 +617,7 @@ def _finite(value: Any) -> Any:
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../nbs/68_pipeline.ipynb #f19e5608
+# %% ../nbs/68_pipeline.ipynb #6dbcde1a
 def usable_cores() -> int:  # at least 1
     "CPU cores that this process may use: its affinity, and its share in a container"
     cores = (
@@ -638,7 +638,7 @@ def _use_cores() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
 
-# %% ../nbs/68_pipeline.ipynb #f7058ac3
+# %% ../nbs/68_pipeline.ipynb #8544a4f0
 def _describe(card: dict) -> str:
     "A model in a line: class, parameters, device"
     n = card["parameters"]
@@ -649,7 +649,7 @@ def _describe(card: dict) -> str:
     )
     return f"{card['model']}, {size.strip()} parameters, on {card['device']}"
 
-
+# %% ../nbs/68_pipeline.ipynb #4147dae3
 def _prepare(work: _Work) -> None:
     "Load the base, encode the rows, choose the ten questions"
     with work.stage("load", f"Base: {shown(work.settings.base_model)}"):
@@ -677,7 +677,7 @@ def _prepare(work: _Work) -> None:
         f"{tokens['total']:,} training tokens, {tokens['learned'] / tokens['total']:.0%} of them learned"
     )
 
-
+# %% ../nbs/68_pipeline.ipynb #7fc1ad5a
 def _learn(work: _Work) -> Any:
     "Fine-tune"
     from instruct_ft.training.trainer import fine_tune
@@ -695,7 +695,7 @@ def _learn(work: _Work) -> Any:
     work.model = run.model
     return run
 
-# %% ../nbs/68_pipeline.ipynb #a7df411a
+# %% ../nbs/68_pipeline.ipynb #ed29f241
 def _show_cases(cases: list[dict], echo: Callable[[str], None]) -> None:
     "The ten questions, with both answers, for the terminal"
 
@@ -712,17 +712,31 @@ def _show_cases(cases: list[dict], echo: Callable[[str], None]) -> None:
             echo(f"    expected  {short(case['reference'])}")
     echo("")
 
+# %% ../nbs/68_pipeline.ipynb #0d2fbdc4
+def _read(settings: Settings, data: Any, limit: int | None, echo: Callable) -> Rows:
+    "The rows of a run"
+    echo("Rows: the built-in Atlas instructions" if data is None else "Rows: your files")
+    return atlas_rows(settings, limit) if data is None else file_rows(data, settings, limit, echo)
+
 
 def _result(work: _Work, before: dict, after: dict, run: Any, about: dict) -> dict:
     "What was found, with name, command and times"
     result = conclude(work, before, after, run)
     work.seconds["total"] = round(time.perf_counter() - about.pop("start"), 2)
-    base, method = work.settings.base_model, work.settings.method
-    words = f"{base} · {'LoRA' if method == 'lora' else 'all weights'} · {about['created']} · {work.seconds['total']:.0f} s"
+    base, method, created = (
+        work.settings.base_model,
+        work.settings.method,
+        time.strftime("%Y-%m-%d %H:%M"),
+    )
+    words = f"{base} · {'LoRA' if method == 'lora' else 'all weights'} · {created} · {work.seconds['total']:.0f} s"
     chosen = asdict(work.settings) | {k: run.settings[k] for k in ("learning_rate",)}
-    return result | about | dict(subtitle=words, seconds=work.seconds, settings=chosen)
+    return (
+        result
+        | about
+        | dict(created=created, subtitle=words, seconds=work.seconds, settings=chosen)
+    )
 
-# %% ../nbs/68_pipeline.ipynb #5e20671c
+# %% ../nbs/68_pipeline.ipynb #ddba2e65
 def run(
     settings: Settings | None = None,  # None: those of settings.ini
     data: Any = None,  # files, patterns, or rows as dicts; None: the built-in Atlas instructions
@@ -736,36 +750,25 @@ def run(
 
     Raises `InputError` for bad input: one sentence that names the place and the mend."""
     settings, start = settings or load_settings(), time.perf_counter()
-    if limit is None and settings.scale == "quick":
-        limit = 256
+    limit = 256 if limit is None and settings.scale == "quick" else limit
     name = run_name(settings, name or (Path(out).name if out else None))
     path = Path(out) if out else Path(settings.output_dir) / name
-    created = time.strftime("%Y-%m-%d %H:%M")
+    about = dict(name=name, start=start, command=command(settings, data, limit))
     with run_folder(path) as folder:
-        work = _Work(settings, None, progress, echo)
-        with work.stage(
-            "rows", "Rows: the built-in Atlas instructions" if data is None else "Rows: your files"
-        ):
-            work.rows = (
-                atlas_rows(settings, limit)
-                if data is None
-                else file_rows(data, settings, limit, echo)
-            )
+        work = _Work(settings, _read(settings, data, limit, echo), progress, echo)
+        work.seconds["rows"] = round(time.perf_counter() - start, 2)
         _prepare(work)
         with work.stage("before", "Answers before tuning"):
             before = measure(work, "before")
         trained = _learn(work)
         with work.stage("after", "Answers after tuning"):
             after = measure(work, "after")
-        about = dict(
-            name=name, created=created, start=start, command=command(settings, data, limit)
-        )
         result = _result(work, before, after, trained, about)
         _show_cases(result["examples"], echo)
         write(folder, trained, result, work.rows, work.settings)
     return RunResult(path, {k: v for k, v in result.items() if k != "dropped"})
 
-# %% ../nbs/68_pipeline.ipynb #434f76f1
+# %% ../nbs/68_pipeline.ipynb #94f22158
 def recent(
     messages: list[dict],  # a conversation that ends with a question
     length: Callable[[list[dict]], int],  # tokens of a conversation
@@ -778,7 +781,7 @@ def recent(
         turns = turns[2:]
     return start + turns
 
-
+# %% ../nbs/68_pipeline.ipynb #26a5c23a
 def _template_of(
     name: str | Path,  # folder of a run, or any base model
 ) -> str:  # the template it was tuned with, else "auto"
@@ -793,7 +796,7 @@ def _template_of(
     except (ValueError, KeyError, TypeError, OSError) as e:
         raise InputError(f"{path}: cannot be read ({e}); make the run again.") from None
 
-# %% ../nbs/68_pipeline.ipynb #72428663
+# %% ../nbs/68_pipeline.ipynb #0191694b
 def open_run(
     name: str | Path,  # folder of a run, or any base model
     device: str = "auto",  # see `pick_device`

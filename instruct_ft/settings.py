@@ -108,9 +108,9 @@ class Settings:
     scale: Annotated[str, "`full`, or `quick`: the same code on less data, for tests"] = "full"
     device: Annotated[str, "`auto` (cuda, then mps, then cpu), `cpu`, `cuda` or `mps`"] = "auto"
     output_dir: Annotated[str, "folder that runs are written to"] = "runs"
-    epochs: Annotated[float, "passes over the training rows"] = 2.0
+    epochs: Annotated[float, "passes over the training rows"] = 1.0
     learning_rate: Annotated[float | str, "peak step size, or `auto`: by model and method"] = "auto"
-    batch_size: Annotated[int, "conversations a step"] = 32
+    batch_size: Annotated[int, "conversations a step"] = 16
     max_length: Annotated[int, "tokens of a conversation, at most"] = 512
     lora_rank: Annotated[int, "rank `r` of the adapters"] = 16
     max_new_tokens: Annotated[int, "tokens of an answer, at most"] = 48

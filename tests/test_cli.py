@@ -350,6 +350,15 @@ def test_a_fault_of_ours_is_one_sentence_and_a_log(tmp_path, monkeypatch, capsys
     os.unlink(path)
 
 
+def test_a_sentence_is_one_line(monkeypatch, capsys):
+    def fail(args):
+        raise InputError("two\nlines")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["run"]) == 2
+    assert capsys.readouterr().err == "instruct-ft: error: two lines\n"
+
+
 def test_chat_keeps_the_conversation_until_reset():
     lines = iter(["one", "", "two", "/reset", "three", "/system be brief", "four"])
     asked, seen = lambda prompt: next(lines), []

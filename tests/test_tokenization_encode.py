@@ -355,7 +355,13 @@ def test_typed_control_tokens_leave_the_text_around_them_alone(name):
     )
     neutral = [m | {"content": m["content"].replace("|im", "|xm")} for m in hostile]
     want, got = (tok.decode(encode(m, tok, "alpaca").input_ids) for m in (neutral, hostile))
-    assert got == want.replace("|xm", "|im")
+    assert got == want.replace("xm", "im")
+    if name == "chatml":
+        tok = byte_level(["<|endoftext|>", *IM, "<capital>"])
+        ids, base = (encode(say(text, "x"), tok).input_ids for text in ("<capital>", ""))
+        text = tok("<capital>", split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        assert len(ids) == len(base) + len(text) and len(text) < len("<capital>")
+        assert any(ids[i : i + len(text)] == text for i in range(len(ids)))
 
 
 pieces = st.one_of(
@@ -614,6 +620,19 @@ def test_templates_that_cannot_teach_an_end_are_refused():
         encode(say("a", "b", "c", "d"), TOKENIZERS["llama"], last_only.replace("<|im_start|>", ""))
 
 
+def test_a_template_that_ends_only_the_last_answer_is_refused_for_more():
+    tok = TOKENIZERS["chatml"]
+    jinja = (
+        "{% for m in messages %}{{ m['content'] }}"
+        "{{ '<|im_end|>' if m['role'] == 'user' or loop.last else ' ' }}{% endfor %}"
+    )
+    assert encode(say("a", "b"), tok, jinja).loss_mask[-1] == 1
+    with pytest.raises(
+        InputError, match="puts no end token"
+    ):  # the next user's is not the answer's
+        encode(say("a", "b", "c", "d"), tok, jinja)
+
+
 def test_templates_that_generate_from_another_prompt_are_refused():
     tok = TOKENIZERS["chatml"]
     thinks = CHATML.replace(
@@ -667,7 +686,8 @@ def test_tool_turns(extra):
         {"role": "assistant", "content": "It is 3." + extra, "tool_calls": None},
     ]
     got = encode(messages, tok, THINK)
-    assert got.input_ids.count(tok.eos_token_id) == 4
+    start = tok.convert_tokens_to_ids("<|im_start|>")
+    assert got.input_ids.count(tok.eos_token_id) == got.input_ids.count(start) == 4
     clean = [{k: v for k, v in m.items() if v is not None} for m in messages]
     assert tok.decode(got.input_ids) == rendered(tok, clean, THINK)
     learned = tok.decode([i for i, m in zip(got.input_ids, got.loss_mask, strict=True) if m])
@@ -781,10 +801,12 @@ def test_a_tokenizer_that_changes_is_seen():
 
 
 def test_picture_escapes_and_marks():
-    tok = TOKENIZERS["chatml"]
+    tok = byte_level()
+    tok.add_tokens(["<script>", "<b>", "&amp;", "\u202e"])
     got = encode(say("<script>alert('x')</script>\n\u202eabc", "<b>&amp;"), tok)
     picture = show_tokens(got, tok)
     page, text = picture._repr_html_(), str(picture)
+    assert "&lt;script&gt;" in page and "&lt;b&gt;" in page and "&amp;amp;" in page
     assert "<script" not in page and "<b>" not in page and "\u202e" not in page + text
     assert "↵" in page and "⟦" in text and text.index("⟦") > text.index("↵")
     assert page.count("<span") == len(got) == len(picture.tokens)

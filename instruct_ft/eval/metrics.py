@@ -112,7 +112,7 @@ class Scores:
         rule = ["---"] * len(self.by) + ["---:"] * 5
         return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
 
-# %% ../../nbs/eval/61_metrics.ipynb #202a7f1c
+# %% ../../nbs/eval/61_metrics.ipynb #f09527d0
 def _references(
     row: Mapping,  # `references` (list of str), or `messages` with an assistant turn
     number: int,  # its place among the rows, from 0
@@ -128,7 +128,7 @@ def _references(
         )
     return said[-1:]
 
-
+# %% ../../nbs/eval/61_metrics.ipynb #f61d6c30
 def score_rows(
     rows: Iterable[Mapping],  # rows with `messages` (or `references`) and the columns of `by`
     answers: Sequence[Any],  # one a row: `Answer` (text, stopped) or plain text

@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-# %% ../../nbs/eval/64_report.ipynb #a951c8c5
+# %% ../../nbs/eval/64_report.ipynb #8b1902d0
 def figure(
     name: str,  # the key under which `metrics.json` has the value
     label: str,  # what a person calls it
@@ -32,7 +32,7 @@ def figure(
         name=name, label=label, value=value, low=low, high=high, n=n, unit=unit, better=better
     )
 
-
+# %% ../../nbs/eval/64_report.ipynb #e0d1debb
 def pct(
     x: float | None,  # a share in 0–1; None: not known
 ) -> str:  # for instance "97.3%"; "100%" and "0%" only when nothing was missed or hit
@@ -50,7 +50,7 @@ def number(
     "The value of a figure in its unit"
     return pct(f["value"]) if f["unit"] == "share" else f"{f['value']:.3f}"
 
-# %% ../../nbs/eval/64_report.ipynb #7a4b1806
+# %% ../../nbs/eval/64_report.ipynb #b1447d96
 def say(
     f: dict,  # a figure
 ) -> str:  # for instance "90.0% (95% interval 59.6–98.2%, n = 10)"
@@ -68,7 +68,7 @@ def beside(
         words.append(f"95% interval {k * f['low']:.{digits}f}–{k * f['high']:.{digits}f}{sign}")
     return ", ".join(words + ([f"n = {f['n']:,}"] if f["n"] else []))
 
-# %% ../../nbs/eval/64_report.ipynb #374e97e3
+# %% ../../nbs/eval/64_report.ipynb #7a532f41
 def outcome(
     before: dict,  # a figure measured on the base
     after: dict,  # the same figure measured on the tuned model
@@ -81,7 +81,7 @@ def outcome(
     low, high = sorted(sign * c for c in change)
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
-
+# %% ../../nbs/eval/64_report.ipynb #efcc3961
 def verdict(
     before: dict,  # a figure measured on the base
     after: dict,  # the same figure measured on the tuned model
@@ -98,7 +98,7 @@ def verdict(
         "unclear": f"Whether tuning helped at {what} is open: {numbers}{rows} is within chance.",
     }[outcome(before, after, change)]
 
-# %% ../../nbs/eval/64_report.ipynb #47ec79a6
+# %% ../../nbs/eval/64_report.ipynb #024f1aef
 # controls except tab and newline, direction overrides, halves of surrogate pairs, non-characters
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
@@ -116,7 +116,7 @@ def visible(
     # the mark has no quotation marks, so it cannot end an attribute either
     return Markup(_UNSEEN.sub(lambda m: f"<b class=ctl>U+{ord(m[0]):04X}</b>", str(escape(value))))
 
-
+# %% ../../nbs/eval/64_report.ipynb #b3bdbe75
 _env = Environment(
     autoescape=True,
     finalize=visible,
@@ -134,14 +134,14 @@ def render(
     "Fill a template; every value is escaped on its way"
     return Markup(_env.from_string(template).render(**values))
 
-# %% ../../nbs/eval/64_report.ipynb #852a9958
+# %% ../../nbs/eval/64_report.ipynb #603c094e
 def shown(
     text: str,  # from a model or from a file
 ) -> str:  # control characters as `\x1b`, direction overrides as `\u202e`
     "Text that is safe to print to a terminal"
     return _UNSEEN.sub(lambda m: m[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
-# %% ../../nbs/eval/64_report.ipynb #b1328a25
+# %% ../../nbs/eval/64_report.ipynb #708b6677
 def nice_ticks(
     low: float,  # smallest value to cover
     high: float,  # largest value to cover
@@ -156,7 +156,7 @@ def nice_ticks(
             break
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
 
-# %% ../../nbs/eval/64_report.ipynb #30794eb0
+# %% ../../nbs/eval/64_report.ipynb #cc8a8339
 def thin_out(
     points: list[tuple[float, float]],  # (step, value), in order
     most: int = 100,  # about so many are left
@@ -170,7 +170,7 @@ def thin_out(
     )
     return [tuple(sum(v) / len(g) for v in zip(*g)) for g in groups]
 
-# %% ../../nbs/eval/64_report.ipynb #595512dd
+# %% ../../nbs/eval/64_report.ipynb #ff2da24e
 def curve_points(
     history: list[dict],  # dicts with `step` and `loss` (nats a token) or `eval_loss`
 ) -> tuple[list, list, int]:  # training points, validation points, how many values were not finite
@@ -184,7 +184,7 @@ def curve_points(
     (train, bad_train), (valid, bad_valid) = pick("loss"), pick("eval_loss")
     return train, valid, bad_train + bad_valid
 
-
+# %% ../../nbs/eval/64_report.ipynb #646a4aea
 _CURVE = """
 <svg class="curve {{ kind }}" viewBox="0 0 {{ w }} {{ h }}" role="img"
  aria-label="Loss by step: training {{ ends[0] }}, validation {{ ends[1] }} at the end">
@@ -197,7 +197,21 @@ _CURVE = """
 {% for x, y, text in dots %}<circle class="valid" cx="{{ x }}" cy="{{ y }}" r="4"><title>{{ text }}</title></circle>
 {% endfor %}</svg>"""
 
-# %% ../../nbs/eval/64_report.ipynb #ad034f5c
+# %% ../../nbs/eval/64_report.ipynb #36955640
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 28, 44  # margins of the drawing
+
+
+def _scale(xs: list[float], ys: list[float], width: int, height: int):
+    "A function from (step, value) to a place in the drawing; `xs` and `ys` are the ticks"
+
+    def place(s: float, v: float) -> tuple[float, float]:
+        x = _LEFT + (width - _LEFT - _RIGHT) * (s - xs[0]) / (xs[-1] - xs[0])
+        y = height - _BOTTOM - (height - _TOP - _BOTTOM) * (v - ys[0]) / (ys[-1] - ys[0])
+        return round(x, 1), round(y, 1)
+
+    return place
+
+# %% ../../nbs/eval/64_report.ipynb #785476f8
 def curve_svg(
     history: list[dict],  # dicts with `step` and `loss` (nats a token) or `eval_loss`
     width: int = 960,  # of the drawing, in its own units
@@ -208,42 +222,23 @@ def curve_svg(
     train, valid, _ = curve_points(history)
     if len(train) + len(valid) < 2:
         return Markup("")
-    left, right, top, bottom = 52, 16, 28, 44
     few = thin_out(train)
     values = [v for _, v in few + valid]
     low = 0 if min(values) < 0.6 * max(values) else min(values)
-    ys, xs = (
-        nice_ticks(low, max(values)),
-        nice_ticks(0, max(s for s, _ in train + valid), width // 110),
-    )
-
-    def place(s, v):
-        x = left + (width - left - right) * (s - xs[0]) / (xs[-1] - xs[0])
-        y = height - bottom - (height - top - bottom) * (v - ys[0]) / (ys[-1] - ys[0])
-        return round(x, 1), round(y, 1)
-
-    def line(points):
-        return " ".join("{},{}".format(*place(*p)) for p in points)
-
+    ys = nice_ticks(low, max(values))
+    xs = nice_ticks(0, max(s for s, _ in train + valid), width // 110)
+    place = _scale(xs, ys, width, height)
+    lines = [" ".join("{},{}".format(*place(*p)) for p in points) for points in (few, valid)]
     dots = [(*place(s, v), f"step {s:,}: validation {v:.3f}") for s, v in valid]
     ends = [f"{points[-1][1]:.3f}" if points else "none" for points in (few, valid)]
-    marks = (
-        [(place(0, y)[1], f"{y:g}") for y in ys],
-        [(place(x, ys[0])[0], f"{x:,.10g}") for x in xs],
+    marks = dict(
+        ys=[(place(0, y)[1], f"{y:g}") for y in ys],
+        xs=[(place(x, ys[0])[0], f"{x:,.10g}") for x in xs],
     )
-    geometry = dict(kind=kind, w=width, h=height, left=left, right=right, bottom=bottom)
-    return render(
-        _CURVE,
-        ys=marks[0],
-        xs=marks[1],
-        train=line(few),
-        valid=line(valid),
-        dots=dots,
-        ends=ends,
-        **geometry,
-    )
+    frame = dict(kind=kind, w=width, h=height, left=_LEFT, right=_RIGHT, bottom=_BOTTOM)
+    return render(_CURVE, train=lines[0], valid=lines[1], dots=dots, ends=ends, **marks, **frame)
 
-# %% ../../nbs/eval/64_report.ipynb #23338eb8
+# %% ../../nbs/eval/64_report.ipynb #feb7df12
 def flow(
     account: list[
         dict
@@ -275,7 +270,7 @@ def flow(
         step | dict(width=step["kept"] / whole, aside=step["dropped"] / whole) for step in account
     ]
 
-# %% ../../nbs/eval/64_report.ipynb #0478a79a
+# %% ../../nbs/eval/64_report.ipynb #c741e4f9
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1c1b19;--soft:#66625b;--line:#e3dfd8;
 --train:#2563eb;--valid:#c2410c;--good:#0f766e;--bad:#b42318;--aside:#d97706;--fill:#2563eb22}
@@ -299,7 +294,7 @@ margin:.6rem 0 .8rem;max-width:50rem;text-wrap:pretty}
 a{color:var(--train)}.mono,code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Noto Sans Mono",monospace;font-size:.86em}
 """
 
-# %% ../../nbs/eval/64_report.ipynb #70f7b0a4
+# %% ../../nbs/eval/64_report.ipynb #409385d2
 _STYLE += """
 .scroll{overflow-x:auto;margin:.75rem 0}table{border-collapse:collapse;width:100%}
 th,td{padding:.42rem .75rem .42rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
@@ -327,7 +322,7 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padd
 overflow-wrap:anywhere}.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:0 2.5rem}
 """
 
-# %% ../../nbs/eval/64_report.ipynb #2063b025
+# %% ../../nbs/eval/64_report.ipynb #4911d44d
 _STYLE += """
 @media(max-width:40rem){main{padding:1.75rem 1rem 4rem}.curve.wide{display:none}.curve.narrow{display:block}
 .cards{grid-template-columns:1fr 1fr}.card strong{font-size:1.5rem}
@@ -353,11 +348,11 @@ _FIGURES = """
 {% for f in run.figures %}<div class="card"><h3>{{ f.label }}</h3><strong>{{ f|number }}</strong>
 {% if f.low is not none and f.unit == "share" %}
 <div class="range"><i style="left:{{ 100 * f.low }}%;width:{{ 100 * (f.high - f.low) }}%"></i><b style="left:{{ 100 * f.value }}%"></b></div>
-{% endif %}<small>{{ (f|beside).replace("n = ", "n\u00a0=\u00a0") }}</small></div>
+{% endif %}<small>{% for part in (f|beside).split(", ") %}{{ part }}{% if not loop.last %},<br>{% endif %}{% endfor %}</small></div>
 {% endfor %}</section>
 """
 
-# %% ../../nbs/eval/64_report.ipynb #e1c8c544
+# %% ../../nbs/eval/64_report.ipynb #35b1dfcb
 _MACROS = """
 {% macro said(text, lang="") %}<div class="said" dir="auto"{% if lang %} lang="{{ lang }}"{% endif %}>{% if text|trim %}{{ (text|trim)[:1200] }}{% else %}<span class="soft">(nothing)</span>{% endif %}{% if text|length > 1200 %} … ({{ "{:,}".format(text|length - 1200) }} characters more){% endif %}</div>{% endmacro %}
 {% macro mark(ok) %}{% if ok is none %}{% elif ok %}<span class="good">✓ exact</span>{% else %}<span class="bad">✗ not exact</span>{% endif %}{% endmacro %}
@@ -396,7 +391,7 @@ _SLICES = """{% if run.slices %}
 {% endfor %}</table></div>{% endif %}
 """
 
-# %% ../../nbs/eval/64_report.ipynb #57f57747
+# %% ../../nbs/eval/64_report.ipynb #952dd846
 _ROWS = """{% if steps %}
 <h2>Where the rows went</h2>
 <p class="note key"><i></i>kept<i class="aside"></i>set aside{% if run.dropped_total %} · all {{ "{:,}".format(run.dropped_total) }} rows set aside are in <a href="dropped.jsonl">dropped.jsonl</a>{% endif %}</p>
@@ -426,7 +421,7 @@ _REPEAT = """
 </main></body></html>
 """
 
-# %% ../../nbs/eval/64_report.ipynb #037f8382
+# %% ../../nbs/eval/64_report.ipynb #1b66925c
 RESULT = dict(  # what the page can show; a run gives the keys it has
     name="run", verdict="", subtitle="",  # texts
     notes=[],  # texts: what a reader of the figures has to know
@@ -440,7 +435,7 @@ RESULT = dict(  # what the page can show; a run gives the keys it has
     command="", settings={}, model={}, seconds={}, versions={},  # shown as name and value
 )  # fmt: skip
 
-
+# %% ../../nbs/eval/64_report.ipynb #71e0e27e
 def _curve_table(train, valid):
     "Step, training and validation loss as text: at most about 40 rows, all validation points among them"
     valid_at = {s: f"{v:.3f}" for s, v in valid}
@@ -449,7 +444,7 @@ def _curve_table(train, valid):
         (f"{s:,}", train_at.get(s, ""), valid_at.get(s, "")) for s in sorted({*train_at, *valid_at})
     ]
 
-
+# %% ../../nbs/eval/64_report.ipynb #84c11097
 def report_html(
     result: dict,  # a run's results: keys as in `RESULT`, all of them optional
 ) -> str:  # a whole HTML page without any reference to the outside
@@ -472,7 +467,7 @@ def report_html(
         table=_curve_table(train, valid), steps=flow(run["accounting"], run["splits"]), facts=facts,
     )  # fmt: skip
 
-
+# %% ../../nbs/eval/64_report.ipynb #1cf19156
 def write_report(
     path: str | Path,  # the file to write, for instance `runs/first/report.html`
     result: dict,  # a run's results: keys as in `RESULT`, all of them optional

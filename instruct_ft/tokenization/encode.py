@@ -573,7 +573,7 @@ def _tail(coder: _Coder, text: str) -> str:
     near = [match.start() for match in coder.control.finditer(text, max(0, len(text) - 64))]
     return text[near[-1] :] if near else text[-12:]
 
-# %% ../../nbs/tokenization/31_encode.ipynb #45c0c350
+# %% ../../nbs/tokenization/31_encode.ipynb #dbe9bd91
 def _tokenise(coder: _Coder, laids: list[_Laid]) -> list[list[list[_Piece]]]:
     "Pieces with their ids for each chunk of each conversation; two calls of the tokenizer for all"
     chunks = [_cut(coder, laid) for laid in laids]
@@ -591,7 +591,7 @@ def _tokenise(coder: _Coder, laids: list[_Laid]) -> list[list[list[_Piece]]]:
             _keep(coder, backend, piece, text, encoding)
     return chunks
 
-
+# %% ../../nbs/tokenization/31_encode.ipynb #44671992
 def _keep(coder: _Coder, backend: Tokenizer, piece: _Piece, text: str, encoding: Encoding) -> None:
     "Store the ids of a piece, without those of the text to its left"
     head = _head(backend, piece.left, encoding)
@@ -617,7 +617,7 @@ def _go_on(backend: Tokenizer, text: str) -> tuple[Encoding, str, int]:
         if head is not None:
             return encoding, left, head
 
-# %% ../../nbs/tokenization/31_encode.ipynb #4a1873ca
+# %% ../../nbs/tokenization/31_encode.ipynb #4b32016e
 def _finish(coder: _Coder, laid: _Laid, chunks: list[list[_Piece]], learn: str) -> Encoded:
     "Tokens, loss mask and segments of one conversation"
     ids, mask, segments = [], [], []
@@ -641,7 +641,7 @@ def _finish(coder: _Coder, laid: _Laid, chunks: list[list[_Piece]], learn: str) 
     mask[:1] = [0]  # nothing stands before it that could predict it
     return Encoded(ids, mask, _whole(segments, len(ids)))
 
-# %% ../../nbs/tokenization/31_encode.ipynb #b9a37822
+# %% ../../nbs/tokenization/31_encode.ipynb #66451df8
 def _end(coder: _Coder, laid: _Laid, chunk: list[int]) -> int:
     "Where in the tokens of an answer and what follows the first end token is"
     for i, token in enumerate(chunk):
@@ -670,7 +670,7 @@ def _whole(segments: list[tuple[str, int, int]], length: int) -> list[tuple[str,
         at = max(at, end)
     return out
 
-# %% ../../nbs/tokenization/31_encode.ipynb #5a0ce74e
+# %% ../../nbs/tokenization/31_encode.ipynb #4cb1ec07
 def encode(
     messages: list[dict],  # turns with `role` and `content`
     tokenizer: Any,  # a fast tokenizer
@@ -693,7 +693,7 @@ def encode(
         raise encoded
     return encoded
 
-
+# %% ../../nbs/tokenization/31_encode.ipynb #0df1ea6e
 @contextmanager
 def _uncollected() -> Iterator[None]:
     "Put the garbage collector off: it would look for cycles in thousands of lists that have none"
@@ -718,7 +718,7 @@ def _encode(coder: _Coder, conversations: list, learn: str) -> list[Encoded | In
         out[i] = _attempt(_finish, coder, laid, chunks, learn)
     return out
 
-# %% ../../nbs/tokenization/31_encode.ipynb #9cdeff5b
+# %% ../../nbs/tokenization/31_encode.ipynb #e5648d3c
 def _shorten(encoded: Encoded, max_length: int | None) -> Encoded:
     "The first `max_length` tokens; `InputError` when none of them is learned"
     if 1 not in encoded.loss_mask:
@@ -759,7 +759,7 @@ def encode_prompt(
         raise InputError("nothing to answer: the prompt has no tokens")
     return ids
 
-# %% ../../nbs/tokenization/31_encode.ipynb #d66cfe2c
+# %% ../../nbs/tokenization/31_encode.ipynb #9b5918ca
 _BLOCK = 1000  # conversations encoded at a time: bounds the memory
 
 
@@ -794,7 +794,7 @@ def encode_rows(
     changes = to_dataset(log, dict.fromkeys(("id", "field", "rule", "before", "after"), text))
     return encoded, StepResult(few, set_aside(gone), changes, "encode")
 
-# %% ../../nbs/tokenization/31_encode.ipynb #e60b7b9a
+# %% ../../nbs/tokenization/31_encode.ipynb #7f383952
 def _talks(rows: Dataset | list[dict]) -> list:
     "The conversations of the rows; `InputError` where there is no such column"
     columns = (

@@ -111,7 +111,7 @@ def micro_batches(
         end = cut[end]
     return groups[::-1]
 
-# %% ../../nbs/training/52_trainer.ipynb #bb8160c2
+# %% ../../nbs/training/52_trainer.ipynb #c8ae3a0a
 def _fault(
     e: Encoded,
     vocabulary: int,  # rows of the embedding
@@ -132,7 +132,7 @@ def _fault(
         return f"has {len(e)} tokens, and the model reads {positions} at most; lower max_length"
     return None
 
-
+# %% ../../nbs/training/52_trainer.ipynb #93634b99
 def check_encoded(
     encoded: Sequence[Encoded],  # a training or validation set
     model: Any,  # the model that is to read it
@@ -149,7 +149,7 @@ def check_encoded(
         if fault := _fault(e, vocabulary, positions):
             raise InputError(f"Conversation {i + 1} of {len(encoded)} in the {name} {fault}.")
 
-# %% ../../nbs/training/52_trainer.ipynb #da291a26
+# %% ../../nbs/training/52_trainer.ipynb #46726860
 class _Numbered(torch.utils.data.Dataset):
     "Conversations with their place in the set"
 
@@ -175,7 +175,7 @@ def _cut(batch: dict[str, torch.Tensor], max_tokens: int) -> Iterator[dict[str, 
         width = max(lengths[i] for i in group)
         yield {k: v[group] if v.ndim == 1 else v[group, :width] for k, v in batch.items()}
 
-# %% ../../nbs/training/52_trainer.ipynb #487c4ccf
+# %% ../../nbs/training/52_trainer.ipynb #0761e350
 class InstructTrainer(Trainer):
     """`transformers.Trainer` for causal models on `Encoded` conversations
 
@@ -212,7 +212,7 @@ class InstructTrainer(Trainer):
         check_encoded(data, self.model, "validation set")
         return super().get_eval_dataloader(_Numbered(data))
 
-# %% ../../nbs/training/52_trainer.ipynb #2121f885
+# %% ../../nbs/training/52_trainer.ipynb #97457798
 @patch
 def compute_loss(
     self: InstructTrainer, model, inputs, return_outputs=False, num_items_in_batch=None
@@ -245,7 +245,7 @@ def training_step(self: InstructTrainer, model, inputs, num_items_in_batch=None)
     self.seen += torch.stack([inputs["attention_mask"].sum(), learned])
     return total
 
-# %% ../../nbs/training/52_trainer.ipynb #92939308
+# %% ../../nbs/training/52_trainer.ipynb #6de6ee6e
 def _diverged(trainer: InstructTrainer, what: str, value: Any, rows: torch.Tensor) -> InputError:
     "The error for a value that is not a number"
     rows = sorted(i + 1 for i in rows.tolist())
@@ -265,7 +265,7 @@ def _get_grad_norm(self: InstructTrainer, model, grad_norm=None):
         raise _diverged(self, "gradient's norm", norm, self.last_rows)
     return norm
 
-# %% ../../nbs/training/52_trainer.ipynb #5efc3a50
+# %% ../../nbs/training/52_trainer.ipynb #a1fe2f1d
 @patch
 def evaluation_loop(
     self: InstructTrainer,
@@ -282,8 +282,9 @@ def evaluation_loop(
     model = self._wrap_model(self.model, training=False).eval()
     sums, last = torch.zeros(2, dtype=torch.float64), -1
     for batch in dataloader:
-        batch["labels"][batch["rows"] <= last] = -100  # repeated, so that processes have as many
-        last = max(last, int(batch["rows"].max()))
+        highest = F.pad(batch["rows"], (1, 0), value=last).cummax(0).values
+        batch["labels"][batch["rows"] <= highest[:-1]] = -100  # repeated
+        last = int(highest[-1])
         for part in _cut(batch, self.micro_tokens):
             part.pop("rows")
             with torch.no_grad(), self.accelerator.autocast():
@@ -295,9 +296,9 @@ def evaluation_loop(
     metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
     return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
-# %% ../../nbs/training/52_trainer.ipynb #6adf3f0d
+# %% ../../nbs/training/52_trainer.ipynb #76ed294d
 LEARNING_RATES = (  # parameters below, step size for full, for lora
-    (20e6, 1e-3, 5e-3),
+    (20e6, 5e-4, 5e-3),
     (200e6, 2e-4, 2e-3),
     (1e9, 5e-5, 5e-4),
     (math.inf, 2e-5, 2e-4),
@@ -312,7 +313,7 @@ def pick_learning_rate(
     full, lora = next(rates for limit, *rates in LEARNING_RATES if parameters < limit)
     return lora if method == "lora" else full
 
-# %% ../../nbs/training/52_trainer.ipynb #ec65f05a
+# %% ../../nbs/training/52_trainer.ipynb #efd4a0df
 @dataclass(repr=False)
 class Run:
     "A finished fine-tuning: the model and what it took"
@@ -346,7 +347,7 @@ class Run:
             f" ({self.learned_tokens:,} learned), {self.trainable_parameters:,} parameters{ends}"
         )
 
-# %% ../../nbs/training/52_trainer.ipynb #7d2f5ebf
+# %% ../../nbs/training/52_trainer.ipynb #30419def
 @patch
 def save(
     self: Run,
@@ -377,7 +378,7 @@ def save(
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return folder
 
-# %% ../../nbs/training/52_trainer.ipynb #0d1b52e2
+# %% ../../nbs/training/52_trainer.ipynb #2b13d7ca
 def _encoded(rows: Any, name: str, how: dict) -> tuple[list[Encoded], list[StepResult]]:
     "The conversations of a set, and what was set aside; `InputError` when none is left"
     if not len(rows) or isinstance(rows[0], Encoded):
@@ -393,20 +394,20 @@ def _sets(given: dict, model: Any, how: dict) -> tuple[list[list[Encoded]], list
     "Training and, where there is one, validation set: encoded and checked"
     sets, aside = [], []
     for name, rows in given.items():
-        if rows is not None:
+        if name == "training" or rows is not None and len(rows):
             encoded, steps = _encoded(rows, f"{name} set", how)
             check_encoded(encoded, model, f"{name} set")
             sets.append(encoded)
             aside += steps
     return sets, aside
 
-# %% ../../nbs/training/52_trainer.ipynb #59511a02
+# %% ../../nbs/training/52_trainer.ipynb #d6439a7a
 def _control_ids(encoded: list[Encoded], tokenizer: Any) -> list[int]:
     "Control tokens that occur"
     used = {i for e in encoded for i in e.input_ids}
     return sorted(used & {i for i, t in tokenizer.added_tokens_decoder.items() if t.special})
 
-# %% ../../nbs/training/52_trainer.ipynb #e4b8ab24
+# %% ../../nbs/training/52_trainer.ipynb #57b1b99c
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -426,7 +427,7 @@ def _trainable(model: Any, method: str, rank: int, control: list[int]) -> Any:
         model.float()
     return model
 
-
+# %% ../../nbs/training/52_trainer.ipynb #a3c984db
 class _Bar(TrainerCallback):
     "One line in the terminal; TQDM_DISABLE=1 turns it off"
 
@@ -443,7 +444,7 @@ class _Bar(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-# %% ../../nbs/training/52_trainer.ipynb #ced4627a
+# %% ../../nbs/training/52_trainer.ipynb #987e8293
 def _tidy(
     log: list[dict],  # `trainer.state.log_history`
 ) -> list[dict]:  # step, epoch and what was measured there
@@ -457,20 +458,22 @@ def _tidy(
     return lines
 
 
-def _train(trainer: InstructTrainer) -> float:  # seconds
-    "Train, and leave the model ready to answer"
-    start = time.perf_counter()
+def _train(trainer: InstructTrainer, tokenizer: Any, template: str) -> Run:
+    "Train, leave the model ready to answer, and say what it took"
+    start, model = time.perf_counter(), trainer.model
     try:
         trainer.train()
     finally:
-        trainer.model.config.use_cache = trainer.use_cache
-        trainer.model.eval()
+        model.config.use_cache = trainer.use_cache
+        model.eval()
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, _Bar) and hasattr(callback, "bar"):
                 callback.bar.close()
-    return time.perf_counter() - start
+    seconds, history = time.perf_counter() - start, _tidy(trainer.state.log_history)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Run(model, tokenizer, history, seconds, *trainer.seen.tolist(), learning, template)
 
-# %% ../../nbs/training/52_trainer.ipynb #c9c120f7
+# %% ../../nbs/training/52_trainer.ipynb #cd4b5fb1
 DEFAULTS = dict(  # of the arguments of `Trainer`
     lr_scheduler_type="linear",
     warmup_steps=0.05,  # share of the steps
@@ -485,6 +488,14 @@ DEFAULTS = dict(  # of the arguments of `Trainer`
 )
 
 
+def _choices(model: Any, method: str, given: dict) -> dict:
+    "What is given, `DEFAULTS` where nothing is, and a step size for `auto`"
+    if given["learning_rate"] == "auto":
+        rate = pick_learning_rate(sum(p.numel() for p in model.parameters()), method)
+        given = given | dict(learning_rate=rate)
+    return DEFAULTS | given
+
+
 def _arguments(model: Any, chosen: dict, validate: bool) -> TrainingArguments:
     "Arguments of `Trainer` for a model that stays on the device where it is"
     gpu = model.device.type == "cuda"
@@ -496,12 +507,12 @@ def _arguments(model: Any, chosen: dict, validate: bool) -> TrainingArguments:
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would change the steps
     return args
 
-# %% ../../nbs/training/52_trainer.ipynb #e7cac591
+# %% ../../nbs/training/52_trainer.ipynb #d476f2d2
 def fine_tune(
     model: Any,  # a causal model; `full` changes it in place, `lora` puts adapters into it
     tokenizer: Any,  # its tokenizer
     train: Any,  # list of `Encoded`, or rows with `messages`
-    validation: Any = None,  # the same; its loss is measured before training and after each epoch
+    validation: Any = None,  # the same, or empty; its loss is measured at first and after each epoch
     *,
     epochs: float = 2.0,  # passes over the training set
     learning_rate: float | str = "auto",  # peak step size; `auto`: `pick_learning_rate`
@@ -524,20 +535,16 @@ def fine_tune(
     sets, aside = _sets(dict(training=train, validation=validation), model, how)
     set_seed(seed)
     model = _trainable(model, method, lora_rank, _control_ids(sets[0], tokenizer))
-    if learning_rate == "auto":
-        learning_rate = pick_learning_rate(sum(p.numel() for p in model.parameters()), method)
-    chosen = dict(learning_rate=learning_rate, num_train_epochs=epochs, seed=seed)
-    chosen = DEFAULTS | chosen | dict(per_device_train_batch_size=batch_size) | arguments
+    given = dict(learning_rate=learning_rate, num_train_epochs=epochs, seed=seed)
+    given |= dict(per_device_train_batch_size=batch_size)
+    chosen = _choices(model, method, given | arguments)
     with tempfile.TemporaryDirectory() as scratch:
         args = _arguments(model, dict(output_dir=scratch) | chosen, validate=len(sets) > 1)
-        bar = [_Bar()] if progress else []
-        extra = dict(micro_tokens=micro_tokens, callbacks=[*callbacks, *bar])
-        trainer = InstructTrainer(model, args, *sets, pad_id=tokenizer.pad_token_id or 0, **extra)
-        seconds = _train(trainer)
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    facts = (_tidy(trainer.state.log_history), seconds, *trainer.seen.tolist(), learning)
-    chosen = dict(method=method, lora_rank=lora_rank) | chosen
-    run = Run(model, tokenizer, *facts, template, chosen, aside)
+        how = dict(pad_id=tokenizer.pad_token_id or 0, micro_tokens=micro_tokens)
+        how["callbacks"] = [*callbacks, *([_Bar()] if progress else [])]
+        trainer = InstructTrainer(model, args, *sets, **how)
+        run = _train(trainer, tokenizer, template)
+    run.settings, run.set_aside = dict(method=method, lora_rank=lora_rank) | chosen, aside
     if out is not None:
         run.save(out)
     return run
