@@ -320,6 +320,7 @@ def test_ctrl_c_stops_with_one_sentence_and_nothing_left(base, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "instruct_ft", *argv], cwd=tmp_path, env=CLEAN | dict(PYTHONPATH=root),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - a background shell ignores it
     ) as process:  # fmt: skip
         for line in process.stdout:
             if line.startswith("Tuning"):

@@ -296,7 +296,7 @@ def evaluation_loop(
     metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
     return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
-# %% ../../nbs/training/52_trainer.ipynb #76ed294d
+# %% ../../nbs/training/52_trainer.ipynb #d3f009e9
 LEARNING_RATES = (  # parameters below, step size for full, for lora
     (20e6, 5e-4, 5e-3),
     (200e6, 2e-4, 2e-3),
