@@ -186,7 +186,7 @@ def _fit(jinja: str, tokenizer: Any, name: str) -> str:
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return "{{ bos_token }}" + jinja if adds_bos and tokenizer.bos_token not in jinja else jinja
 
-# %% ../../nbs/tokenization/31_encode.ipynb #bf06d0ae
+# %% ../../nbs/tokenization/31_encode.ipynb #9d0b24f6
 _PAD = "\t \n\t"  # white space around a mark; gone if the template trims
 
 
@@ -201,11 +201,11 @@ class _Layout:
 
 def _literals(coder: "_Coder", roles: tuple[str, ...], prompt: bool) -> _Layout | None:
     "Run the template on marks; None where a message is left out, repeated or moved"
-    marks = [chr(0x100000 + i) for i in range(len(roles))]
-    turns = [{"role": r, "content": _PAD + m + _PAD} for r, m in zip(roles, marks, strict=True)]
+    marks = [chr(0x100000 + i) for i in range(min(len(roles), 0xFFFE))]
+    turns = [{"role": r, "content": _PAD + m + _PAD} for r, m in zip(roles, marks)]
     texts = _attempt(_render, coder, [turns], prompt)
     text = "" if isinstance(texts, InputError) else texts[0]
-    if [c for c in text if c >= "\U00100000"] != marks:
+    if [c for c in text if c >= "\U00100000"] != marks or len(roles) > len(marks):
         return None
     parts = re.split("[\U00100000-\U0010ffff]", text)
     trims = [(not a.endswith(_PAD), not b.startswith(_PAD)) for a, b in pairwise(parts)]
@@ -226,7 +226,7 @@ def _render(coder: "_Coder", conversations: list[list[dict]], prompt: bool) -> l
         raise InputError(f"template: {name} refuses the conversation: {e}") from e
     return [text.removeprefix(coder.surplus) for text in texts] if coder.surplus else texts
 
-# %% ../../nbs/tokenization/31_encode.ipynb #e398c59d
+# %% ../../nbs/tokenization/31_encode.ipynb #81c5e1b9
 def _layout(coder: "_Coder", roles: tuple[str, ...], prompt: bool = False) -> _Layout | None:
     "The template's words for these roles, with the cuts before the answers; made once"
     if (roles, prompt) in coder.layouts:
@@ -243,6 +243,8 @@ def _layout(coder: "_Coder", roles: tuple[str, ...], prompt: bool = False) -> _L
         if coder.stops and not any(stop in after for stop in coder.stops):
             raise InputError(_ENDLESS.format(name=name, after=after))
         layout.gaps[k] = len(given) - len(opens)
+    if len(coder.layouts) > 5000:  # conversations of many shapes: bound the memory
+        coder.layouts.clear()
     coder.layouts[roles, prompt] = layout
     return layout
 
@@ -250,7 +252,7 @@ def _layout(coder: "_Coder", roles: tuple[str, ...], prompt: bool = False) -> _L
 _UNLIKE = "template: {name} opens an answer with {a!r} when it is to be generated, but writes {b!r} before a given one, so training and generation would differ; take another template or mend this one"
 _ENDLESS = "template: {name} puts no end token of this tokenizer after an answer, only {after!r}, so a model could not learn to stop; take template=alpaca or mend it"
 
-# %% ../../nbs/tokenization/31_encode.ipynb #b47cfaff
+# %% ../../nbs/tokenization/31_encode.ipynb #c829a815
 @dataclass
 class _Coder:
     "What encoding needs to know about a tokenizer under a template; made once by `_coder`"
@@ -261,13 +263,14 @@ class _Coder:
     layouts: dict[tuple, _Layout | None] = field(default_factory=dict)
     stops: dict[str, int] = field(default_factory=dict)  # what ends an answer: surface -> id
     control: re.Pattern = re.compile("(?!)")  # finds surfaces of control tokens
+    fixed: bool = False  # is the template one of ours?
     hints: tuple[str, ...] = ()  # their first characters: a text without these has none of them
     control_ids: frozenset[int] = frozenset()
     leads: bool = False  # does a text begin otherwise than it goes on?
     folds: bool = False  # can a control token appear only after normalisation?
     surplus: str = ""  # what the template writes of BOS beyond the first
 
-# %% ../../nbs/tokenization/31_encode.ipynb #ab6464e6
+# %% ../../nbs/tokenization/31_encode.ipynb #6708a6c4
 @lru_cache(maxsize=16)
 def _make_coder(tokenizer: Any, template: str | Template, state: tuple) -> _Coder:
     "See `_coder`"
@@ -277,6 +280,8 @@ def _make_coder(tokenizer: Any, template: str | Template, state: tuple) -> _Code
     plain.no_padding()
     plain.encode_special_tokens = False
     coder = _Coder(tokenizer, template, (plain, plain))
+    bare = template.jinja.removeprefix("{{ bos_token }}").replace("sep_token", "eos_token")
+    coder.fixed = bare in {ours.jinja for ours in TEMPLATES.values()}
     alone = lambda text: plain.encode(text, add_special_tokens=False).ids
     coder.leads = any(alone("\n" + x) != alone("\n") + alone(x) for x in "a1.")
     _find_control(coder)
@@ -456,76 +461,77 @@ def _unmark(coder: _Coder, marked: str, pair: tuple[str, str], text: str) -> lis
         )
     return spans
 
-# %% ../../nbs/tokenization/31_encode.ipynb #68064261
+# %% ../../nbs/tokenization/31_encode.ipynb #7cec45d1
 def _check(coder: _Coder, messages: Any) -> list[dict]:
     "The messages without empty keys; `InputError` if they are no conversation"
     if not isinstance(messages, list | tuple) or not messages:
-        raise InputError(
-            "bad messages: expected a list of messages with role and content, found "
-            + repr(messages)[:60]
-        )
+        raise InputError(f"bad messages: expected a list of turns, found {messages!r:.60}")
     out = []
-    for k, message in enumerate(messages):
-        where = f"bad messages: message {k + 1}"
-        if not isinstance(message, Mapping):
-            raise InputError(f"{where} is {message!r:.60}, not a dict with role and content")
-        message = {key: value for key, value in message.items() if value is not None}
-        if message.get("role") not in ROLES:
-            raise InputError(
-                f"{where} has the role {message.get('role')!r}; the roles are {', '.join(ROLES)}"
-            )
-        if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
-            raise InputError(
-                f"{where} ({message['role']}) has no text as its content: {message.get('content')!r:.60}"
-            )
-        _check_text(coder, message, where)
-        out.append(message)
+    for k, message in enumerate(messages, 1):
+        try:
+            out.append(_message(coder, message))
+        except InputError as e:
+            raise InputError(f"bad messages: message {k} {e}") from None
     return out
 
-# %% ../../nbs/tokenization/31_encode.ipynb #87a02d88
-def _check_text(coder: _Coder, message: dict, where: str) -> None:
-    "`InputError` if the message cannot be written as UTF-8, or not by this template"
-    simple = message.keys() == {"role", "content"}
-    try:
-        (
-            message["content"] if simple else json.dumps(message, ensure_ascii=False, default=str)
-        ).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{where} holds half a character (a lone surrogate); mend its encoding"
-        ) from None
-    lost = {"tool_calls", "reasoning_content", "reasoning", "thinking"} & message.keys()
-    if lost and coder.template.name in TEMPLATES:
-        raise InputError(
-            f"{where} has {', '.join(sorted(lost))}, which template {coder.template.name} cannot write"
-        )
 
-# %% ../../nbs/tokenization/31_encode.ipynb #e0e75a6e
+def _message(coder: _Coder, message: Any) -> dict:
+    "A message without empty keys; `InputError` with what is wrong with it"
+    if not isinstance(message, dict) or None in message.values():
+        if not isinstance(message, Mapping):
+            raise InputError(f"is {message!r:.60}, not a dict with role and content")
+        message = {key: value for key, value in message.items() if value is not None}
+    role, text = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise InputError(f"has the role {role!r:.60}; the roles are {', '.join(ROLES)}")
+    if not isinstance(text, str) and (text is not None or "tool_calls" not in message):
+        raise InputError(f"({role}) has no text as its content: {text!r:.60}")
+    if len(message) > 2 or text is None:
+        _check_keys(coder, message)
+    elif not text.isascii():
+        _check_text(text)
+    return message
+
+# %% ../../nbs/tokenization/31_encode.ipynb #657f678c
+def _check_text(text: str) -> None:
+    "`InputError` if the text cannot be written as UTF-8"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("holds half a character (a lone surrogate); mend its encoding") from None
+
+
+def _check_keys(coder: _Coder, message: dict) -> None:
+    "`InputError` if the template would lose a part of the message"
+    _check_text(json.dumps(message, ensure_ascii=False, default=str))
+    lost = {"tool_calls", "reasoning_content", "reasoning", "thinking"} & message.keys()
+    if lost and coder.fixed:
+        names = ", ".join(sorted(lost))
+        raise InputError(f"has {names}, which template {coder.template.name} cannot write")
+
+# %% ../../nbs/tokenization/31_encode.ipynb #1115eb14
 def _lay(coder: _Coder, conversations: list, prompt: bool = False) -> list[_Laid | InputError]:
     "Each conversation with its places, or why it cannot be had"
     out = [_attempt(_check, coder, messages) for messages in conversations]
-    good = [messages for messages in out if not isinstance(messages, InputError)]
-    texts = _attempt(_render, coder, good, prompt) if good else []
-    if isinstance(texts, InputError):  # one of them is refused: which?
-        texts = [_attempt(_render, coder, [messages], prompt) for messages in good]
-        texts = [text if isinstance(text, InputError) else text[0] for text in texts]
-    texts = iter(texts)
-    for i, messages in enumerate(out):
-        if not isinstance(messages, InputError):
-            text = next(texts)
-            failed = isinstance(text, InputError)
-            out[i] = text if failed else _attempt(_lay_one, coder, messages, text, prompt)
+    good = [i for i, messages in enumerate(out) if not isinstance(messages, InputError)]
+    texts = [None] * len(good)
+    if good and not coder.fixed:
+        texts = _attempt(_render, coder, [out[i] for i in good], prompt)
+        texts = [None] * len(good) if isinstance(texts, InputError) else texts
+    for i, text in zip(good, texts, strict=True):
+        out[i] = _attempt(_lay_one, coder, out[i], text, prompt)
     return out
 
 
-def _lay_one(coder: _Coder, messages: list[dict], text: str, prompt: bool) -> _Laid:
-    "The places in a rendered conversation"
-    if all(m.keys() == {"role", "content"} for m in messages):
-        layout = _layout(coder, tuple(m["role"] for m in messages), prompt)
-        laid = _fill(coder, layout, messages) if layout else None
-        if laid and laid.text == text:
-            return laid
-    return _trace(coder, messages, text, prompt)
+def _lay_one(coder: _Coder, messages: list[dict], text: str | None, prompt: bool) -> _Laid:
+    "The places in a conversation, rendered if its text is not given"
+    simple = all(m.keys() == {"role", "content"} for m in messages)
+    layout = _layout(coder, tuple(m["role"] for m in messages), prompt) if simple else None
+    laid = _fill(coder, layout, messages) if layout else None
+    if laid and coder.fixed:
+        return laid
+    text = _render(coder, [messages], prompt)[0] if text is None else text
+    return laid if laid and laid.text == text else _trace(coder, messages, text, prompt)
 
 # %% ../../nbs/tokenization/31_encode.ipynb #eea7a50a
 @dataclass(slots=True)
@@ -617,12 +623,12 @@ def _go_on(backend: Tokenizer, text: str) -> tuple[Encoding, str, int]:
         if head is not None:
             return encoding, left, head
 
-# %% ../../nbs/tokenization/31_encode.ipynb #4b32016e
+# %% ../../nbs/tokenization/31_encode.ipynb #f037db38
 def _finish(coder: _Coder, laid: _Laid, chunks: list[list[_Piece]], learn: str) -> Encoded:
     "Tokens, loss mask and segments of one conversation"
     ids, mask, segments = [], [], []
-    turns = [None, *(k for _, k in laid.cuts)]
-    for turn, pieces in zip(turns, chunks, strict=True):
+    turns = [None, *(k for _, k in laid.cuts), len(laid.spans)]
+    for turn, following, pieces in zip(turns, turns[1:], chunks, strict=False):
         chunk = [i for piece in pieces for i in piece.ids]
         first, learned = len(ids), 0
         if turn is not None:
@@ -630,24 +636,23 @@ def _finish(coder: _Coder, laid: _Laid, chunks: list[list[_Piece]], learn: str) 
             close = min(_place(pieces, laid.spans[turn][1]), end) if laid.spans else end
             segments += [("assistant", first, first + close)]
             segments += [("end", first + close, first + end + 1)]
-            learned = end + 1 if learn == "assistant" or turn == turns[-1] else 0
-        for k, (a, b) in enumerate(laid.spans):
-            if k != turn and pieces and pieces[0].start <= a < b <= pieces[-1].end:
-                a, b = _place(pieces, a), _place(pieces, b)
-                segments.append((laid.roles[k], first + a, first + b))
+            learned = end + 1 if learn == "assistant" or turn == turns[-2] else 0
+        for k in range(0 if turn is None else turn + 1, following) if laid.spans else ():
+            a, b = (_place(pieces, at) for at in laid.spans[k])
+            segments.append((laid.roles[k], first + a, first + b))
         ids += chunk
         mask += [1] * learned + [0] * (len(chunk) - learned)
     mask = [1] * len(ids) if learn == "all" else mask
     mask[:1] = [0]  # nothing stands before it that could predict it
     return Encoded(ids, mask, _whole(segments, len(ids)))
 
-# %% ../../nbs/tokenization/31_encode.ipynb #66451df8
+# %% ../../nbs/tokenization/31_encode.ipynb #ee99d817
 def _end(coder: _Coder, laid: _Laid, chunk: list[int]) -> int:
     "Where in the tokens of an answer and what follows the first end token is"
-    for i, token in enumerate(chunk):
-        if token in coder.stops.values():
-            return i
-    raise InputError(_ENDLESS.format(name=coder.template.name, after=laid.text[-40:]))
+    ends = [chunk.index(stop) for stop in coder.stops.values() if stop in chunk]
+    if not ends:
+        raise InputError(_ENDLESS.format(name=coder.template.name, after=laid.text[-40:]))
+    return min(ends)
 
 
 def _place(pieces: list[_Piece], at: int) -> int:
