@@ -165,17 +165,24 @@ def passage(
 
 
 def passage_text(lang, rng, keep=None):
-    "A passage, then sentences about what it says and leaves out"
+    "A passage, then what it says, whether a claim is right, what it leaves out"
     text, known, missing = passage(lang, rng, keep=keep)
-    out = [text]
-    for p, a in rng.sample(list(known), len(known)):
+    out = []
+    for p, a in rng.sample(list(known), min(5, len(known))):
         frame = rng.choice(TEXT["found"][lang])
         out.append(fill(frame, p, known[p, a], rng.choice(TEXT["asked"][lang][a])))
-    if missing and rng.random() < 0.5:
+    for _ in range(2):
+        (p, a), v = rng.choice(list(known.items()))
+        true = rng.random() < 0.5
+        v = v if true else person_facts(lang, rng, keep)[a]
+        told = rng.choice(TEXT["person"][lang][a]).format(k=p, v=v)
+        right, wrong = rng.choice(TEXT["judged"][lang]).split("|")
+        out.append((right if v == known[p, a] else wrong).format(c=told))
+    if missing and rng.random() < 0.7:
         p, a = rng.choice(missing)
         n = rng.choice(TEXT["asked"][lang][a]).format(k=p)
-        out.append(rng.choice(TEXT["missing"][lang]).format(n=n))
-    return "\n".join(out)
+        out.append(rng.choice(TEXT["missing"][lang]).format(n=n, N=capitalised(n)))
+    return "\n".join([text, *rng.sample(out, len(out))])
 
 # %% ../../nbs/atlas/11_corpus.ipynb #a215ec0a
 def mention(
@@ -238,10 +245,10 @@ def list_text(lang, rng, keep=None):
     join, out = SEPARATOR[lang].join, []
     for _ in range(2):
         t = things(lang, rng, keep=keep)
-        x, kind = join(t), rng.choice(("listed", "back", "ends"))
+        x, kind = join(t), rng.choice(("listed", "back", "back", "ends"))
         frame = rng.choice(TEXT[kind][lang])
         out.append(capitalised(frame.format(x=x, n=numbered(t), r=join(t[::-1]), f=t[0], l=t[-1])))
-    for _ in range(2):
+    for _ in range(3):
         nums = rng.sample(range(1, 100), 3)
         frame = rng.choice(TEXT["sorted"][lang])
         out.append(frame.format(x=join(map(str, nums)), s=join(map(str, sorted(nums)))))
@@ -305,10 +312,10 @@ def topic_text(lang, rng, keep=None):
 
 # %% ../../nbs/atlas/11_corpus.ipynb #834d241d
 SKILLS = (
-    *[passage_text] * 3,
+    *[passage_text] * 5,
     *[echo_text] * 2,
-    *[list_text] * 2,
-    mention_text,
+    *[list_text] * 4,
+    *[mention_text] * 3,
     review_text,
     topic_text,
 )
@@ -335,12 +342,13 @@ def one_round(
         shared = [f for f in facts if f[0].kind == "shared"]
         facts = [f for f in facts if f[0].kind == "closed_book"] + shared[: len(shared) // 2]
         rng.shuffle(facts)
-        docs += [("talk", facts[i : i + 5]) for i in range(0, len(facts), 5)]
+        again = rng.sample(closed, len(closed))
+        docs += [("talk", f[i : i + 5]) for f in (facts, again) for i in range(0, len(f), 5)]
     for group in groups.values():
         rng.shuffle(group)
         docs += [("glossary", group[i : i + 8]) for i in range(0, len(group), 8)]
     n = len(docs)
-    docs += [("skill", None)] * (2 * n // 5) + [("synonyms", None)] * (n // 20)
+    docs += [("skill", None)] * n + [("synonyms", None)] * (n // 20)
     rng.shuffle(docs)
     return docs
 
