@@ -108,6 +108,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'instruct_ft/atlas/pretrain.py'),
                                             'instruct_ft.atlas.pretrain.schedule': ( 'atlas/pretrain.html#schedule',
                                                                                      'instruct_ft/atlas/pretrain.py'),
+                                            'instruct_ft.atlas.pretrain.settle_control_tokens': ( 'atlas/pretrain.html#settle_control_tokens',
+                                                                                                  'instruct_ft/atlas/pretrain.py'),
                                             'instruct_ft.atlas.pretrain.token_blocks': ( 'atlas/pretrain.html#token_blocks',
                                                                                          'instruct_ft/atlas/pretrain.py'),
                                             'instruct_ft.atlas.pretrain.train_tokenizer': ( 'atlas/pretrain.html#train_tokenizer',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'TURN_START', 'TURN_END', 'CHATML', 'DRILLS', 'SEPARATORS', 'train_tokenizer', 'token_blocks',
            'new_decoder', 'wire_copying', 'echo_blocks', 'drill', 'drill_rows', 'course_of_blocks', 'schedule',
-           'pretrain', 'next_token_step', 'save_base']
+           'pretrain', 'next_token_step', 'settle_control_tokens', 'save_base']
 
 # %% ../../nbs/atlas/13_pretrain.ipynb #e771b2e0
 import json
@@ -316,6 +316,17 @@ def next_token_step(
         o.step()
         o.zero_grad(set_to_none=True)
     return loss.item()
+
+# %% ../../nbs/atlas/13_pretrain.ipynb #c5ed06d8
+@torch.no_grad()
+def settle_control_tokens(
+    model: LlamaForCausalLM,  # changed in place
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    "Give the control tokens, which no text has trained, the rows of tokens that do the same work"
+    rows, id_of = model.get_input_embeddings().weight, tokenizer.convert_tokens_to_ids
+    rows[id_of(TURN_END)] = rows[id_of(END_OF_TEXT)]
+    rows[id_of(TURN_START)] = rows[tokenizer("\n", add_special_tokens=False).input_ids[0]]
 
 # %% ../../nbs/atlas/13_pretrain.ipynb #ebac04eb
 def save_base(
