@@ -72,9 +72,14 @@ def from_utf16(
         )
     return len(before)
 
-# %% ../../nbs/data/22_label.ipynb #ca78dfc9
+# %% ../../nbs/data/22_label.ipynb #5015a40b
 _EXTEND = "\u200c\u200d" + "".join(map(chr, range(0x1F3FB, 0x1F400)))  # joiners, skin tones
-_FLAG = re.compile("[\U0001f1e6-\U0001f1ff]+$")  # a flag is two of these
+_FLAG = re.compile("[\U0001f1e6-\U0001f1ff]+\\Z")  # a flag is two of these
+
+
+def _extends(c: str) -> bool:
+    "Is this drawn onto the character before it?"
+    return unicodedata.category(c)[0] == "M" or c in _EXTEND or "\U000e0020" <= c <= "\U000e007f"
 
 
 def _inside(text: str, i: int) -> bool:
@@ -82,16 +87,16 @@ def _inside(text: str, i: int) -> bool:
     if not 0 < i < len(text):
         return False
     before, after = text[i - 1], text[i]
-    if (
-        unicodedata.category(after)[0] == "M"
-        or after in _EXTEND
-        or "\U000e0020" <= after <= "\U000e007f"
-    ):
-        return before not in "\r\n"
-    if before == "\u200d":
-        return unicodedata.category(after) == "So"
-    flags = _FLAG.search(text, 0, i) if _FLAG.match(after) else None
-    return before + after == "\r\n" or (flags is not None and len(flags[0]) % 2 == 1)
+    if before + after == "\r\n":
+        return True
+    if _extends(after):
+        return unicodedata.category(before) not in ("Cc", "Zl", "Zp")
+    if _FLAG.match(after):
+        flags = _FLAG.search(text, 0, i)
+        return flags is not None and len(flags[0]) % 2 == 1
+    base = text[: i - 1].rstrip("\ufe0f" + _EXTEND[2:])
+    joined = before == "\u200d" and base and unicodedata.category(after) == "So"
+    return joined and unicodedata.category(base[-1]) == "So" and not _FLAG.match(base[-1])
 
 
 def whole_characters(
@@ -724,7 +729,7 @@ def _ask(function: Callable[[dict], str | None], row: dict) -> str | None:
         )
     return vote
 
-# %% ../../nbs/data/22_label.ipynb #0e9d3f0c
+# %% ../../nbs/data/22_label.ipynb #c744e9d7
 def _scores(votes: Votes, weights: np.ndarray) -> np.ndarray:
     "`(N, K)` sum of the weights for each class"
     here = votes.cast[:, :, None] == np.arange(len(votes.classes))
@@ -737,50 +742,24 @@ def _chances(scores: np.ndarray) -> np.ndarray:
     return power / power.sum(1, keepdims=True)
 
 
-def _log_odds(accuracy: np.ndarray, k: int) -> np.ndarray:
-    "The weight of a vote that is right with this probability"
-    accuracy = np.clip(accuracy, 0.01, 0.99)
-    return np.log(accuracy * max(k - 1, 1) / (1 - accuracy))
-
-
 def vote_weights(
     votes: Votes,  # from `cast_votes`
-    gold: list[str | None]
-    | None = None,  # true labels, None where not known; None: learn from each other
-    rounds: int = 50,  # of guessing and measuring, without `gold`
+    gold: list[str | None],  # true labels, None where not known
 ) -> np.ndarray:  # `(F,)` float64: log odds; 0 says nothing, negative speaks against its label
-    "How much the vote of each function counts"
-    voted, k = votes.cast >= 0, len(votes.classes)
-    if gold is not None:
-        truth = _known(votes, gold)[:, None]
-        on = voted & (truth != -2)
-        right = ((votes.cast == truth) & on).sum(0)
-        return _log_odds(
-            (right + 1) / (on.sum(0) + 2), k
-        )  # one right and one wrong vote beforehand
-    weights = _log_odds(np.full(len(votes.names), 0.7), k)
-    for _ in range(rounds):
-        weights = _log_odds(_against_others(votes, weights), k)
-    return weights
+    """How much the vote of each function counts
 
+    Raises `InputError` where `gold` does not fit the rows."""
+    truth, k = _known(votes, gold)[:, None], len(votes.classes)
+    on = (votes.cast >= 0) & (truth != -2)
+    right = ((votes.cast == truth) & on).sum(0)
+    accuracy = (right + 1) / (on.sum(0) + 2)  # one right and one wrong vote beforehand
+    return np.log(accuracy * max(k - 1, 1) / (1 - accuracy))
 
-def _against_others(votes: Votes, weights: np.ndarray) -> np.ndarray:
-    "`(F,)` how often each function agrees with what the others say without it"
-    scores, accuracy = _scores(votes, weights), []
-    for f in range(len(votes.names)):
-        on = (votes.cast[:, f] >= 0) & ((votes.cast >= 0).sum(1) > 1)
-        own = votes.cast[on, f]
-        others = scores[on].copy()
-        others[np.arange(len(own)), own] -= weights[f]
-        agree = _chances(others)[np.arange(len(own)), own]
-        accuracy.append((agree.sum() + 1) / (on.sum() + 2))
-    return np.array(accuracy)
-
-# %% ../../nbs/data/22_label.ipynb #67635922
+# %% ../../nbs/data/22_label.ipynb #e19213cb
 def weighted_vote(
     rows: Dataset,  # those that were voted on
     votes: Votes,  # from `cast_votes`
-    weights: np.ndarray | None = None,  # `(F,)`; None: `vote_weights(votes)`
+    weights: np.ndarray,  # `(F,)` from `vote_weights`; ones count heads
 ) -> StepResult:  # kept: with `label` and `confidence`; dropped: nobody votes, or a tie
     "Label rows by the weighted vote of labelling functions"
     _need(rows, "weighted_vote", "id")
@@ -788,8 +767,7 @@ def weighted_vote(
         raise InputError(
             f"{len(votes.cast)} rows were voted on and {len(rows)} given; give the same."
         )
-    weights = vote_weights(votes) if weights is None else np.asarray(weights, float)
-    chance = _chances(_scores(votes, weights))
+    chance = _chances(_scores(votes, np.asarray(weights, float)))
     kept, labels, sure, gone = [], [], [], []
     for i, row in enumerate(each(rows)):
         top = np.flatnonzero(chance[i] > chance[i].max(initial=0) - 1e-9)
@@ -1102,7 +1080,7 @@ def label_errors(
         report = _with(report, name, [float(p[i]) for i in found], Value("float64"))
     return report
 
-# %% ../../nbs/data/22_label.ipynb #b6d62aad
+# %% ../../nbs/data/22_label.ipynb #823dde30
 _TASK = {
     **PLACE,
     "text": Value("string"),
@@ -1151,7 +1129,7 @@ def _placed(
             _span(text, {"start": a, "end": b, "label": "x", "text": surface}, "span")
             return a, b
         except InputError as e:
-            faults.append(str(e))
+            faults.append(str(e).removeprefix("span: "))
     raise _Bad(f"bad span: {faults[-1]}")
 
 
@@ -1161,7 +1139,7 @@ def _unit(units: str) -> str:
         raise InputError(f"units = {units!r}: give 'auto', 'UTF-16' or 'code points'.")
     return units
 
-# %% ../../nbs/data/22_label.ipynb #713e9791
+# %% ../../nbs/data/22_label.ipynb #b9f80791
 def _ls_spans(part: dict, text: str, units: str) -> list[tuple[int, int, str]]:
     "The spans of one part of a result"
     value = part.get("value") or {}
@@ -1184,7 +1162,7 @@ def _ls_read(result: list, text: str, units: str) -> tuple[str | None, list[dict
             text, [dict(zip(("start", "end", "label"), s, strict=True)) for s in spans]
         )
     except InputError as e:
-        raise _Bad(f"bad span: {e}") from None
+        raise _Bad("bad span: " + str(e).removeprefix("spans: ")) from None
     return (chosen[0] if chosen else None), spans
 
 
@@ -1224,19 +1202,20 @@ def _ls_rows(task: dict, field: str, units: str) -> Iterator[tuple[dict, str]]:
     if not annotations:
         yield row, ""
 
-# %% ../../nbs/data/22_label.ipynb #b274713f
+# %% ../../nbs/data/22_label.ipynb #d2aa7106
 def _taken(path: str | Path, records: Iterable, rows_of: Callable, step: str) -> StepResult:
     "Rows of a file of tasks"
     kept, gone, owner = [], [], {}
-    for record in records:
+    for n, record in enumerate(records):
         for row, fault in rows_of(record.row) if record.row else [({}, record.reason)]:
             place = {
                 "id": row.get("id") or f"line {record.line}",
                 "source": str(path),
                 "line": record.line,
             }
-            if not fault and owner.setdefault(place["id"], record.line) != record.line:
-                fault = f"repeated id: line {owner[place['id']]} has it too"
+            first, line = owner.setdefault(place["id"], (n, record.line))
+            if not fault and first != n:
+                fault = f"repeated id: the task at line {line} has it too"
             if fault:
                 gone.append(aside(row | place, step, fault))
             else:
@@ -1328,7 +1307,7 @@ def write_label_studio(
         _ls_put(tasks[row["id"]], row, _unit(units))
     _write_whole(path, json.dumps(list(tasks.values()), ensure_ascii=False, indent=1) + "\n")
 
-# %% ../../nbs/data/22_label.ipynb #765ac007
+# %% ../../nbs/data/22_label.ipynb #015b41f0
 _DC_KEYS = ("entities", "label", "labels")
 
 
@@ -1351,7 +1330,7 @@ def _dc_read(line: dict, units: str) -> dict:
     try:
         spans = check_spans(text, spans)
     except InputError as e:
-        raise _Bad(f"bad span: {e}") from None
+        raise _Bad("bad span: " + str(e).removeprefix("spans: ")) from None
     labelled = any(key in line for key in (*_DC_KEYS, "cats"))
     return {
         "text": text,
