@@ -102,7 +102,7 @@ class Settings:
     base_model: Annotated[str, "`atlas:decoder` (shipped), a local folder or a hub name"] = (
         "atlas:decoder"
     )
-    method: Annotated[str, "`full`: every weight learns; `lora`: low-rank adapters"] = "full"
+    method: Annotated[str, "`full`: every weight learns; `lora`: low-rank adapters"] = "lora"
     template: Annotated[str, "chat template; `auto`: the tokenizer's own, else alpaca"] = "auto"
     seed: Annotated[int, "of every random choice"] = 42
     scale: Annotated[str, "`full`, or `quick`: the same code on less data, for tests"] = "full"
@@ -112,7 +112,7 @@ class Settings:
     learning_rate: Annotated[float | str, "peak step size, or `auto`: by model and method"] = "auto"
     batch_size: Annotated[int, "conversations a step"] = 16
     max_length: Annotated[int, "tokens of a conversation, at most"] = 512
-    lora_rank: Annotated[int, "rank `r` of the adapters"] = 16
+    lora_rank: Annotated[int, "rank `r` of the adapters"] = 32
     max_new_tokens: Annotated[int, "tokens of an answer, at most"] = 48
 
     def __post_init__(self):

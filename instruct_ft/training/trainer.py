@@ -298,7 +298,7 @@ def evaluation_loop(
 
 # %% ../../nbs/training/52_trainer.ipynb #d3f009e9
 LEARNING_RATES = (  # parameters below, step size for full, for lora
-    (20e6, 5e-4, 5e-3),
+    (20e6, 5e-4, 3e-3),
     (200e6, 2e-4, 2e-3),
     (1e9, 5e-5, 5e-4),
     (math.inf, 2e-5, 2e-4),
