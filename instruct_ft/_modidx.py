@@ -297,6 +297,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'instruct_ft/data/collect.py'),
                                           'instruct_ft.data.collect._key': ('data/collect.html#_key', 'instruct_ft/data/collect.py'),
                                           'instruct_ft.data.collect._keys': ('data/collect.html#_keys', 'instruct_ft/data/collect.py'),
+                                          'instruct_ft.data.collect._kinds': ('data/collect.html#_kinds', 'instruct_ft/data/collect.py'),
                                           'instruct_ft.data.collect._leaves': ('data/collect.html#_leaves', 'instruct_ft/data/collect.py'),
                                           'instruct_ft.data.collect._lines': ('data/collect.html#_lines', 'instruct_ft/data/collect.py'),
                                           'instruct_ft.data.collect._long_cells': ( 'data/collect.html#_long_cells',

@@ -8,7 +8,7 @@ __all__ = ['Place', 'PLACE', 'DROPPED', 'READERS', 'MEMORY', 'LONG_ROW', 'Record
            'aside', 'set_aside', 'StepResult', 'steps', 'Accounting', 'accounting', 'read_lines', 'read_tsv',
            'Collected', 'collect', 'write_rows']
 
-# %% ../../nbs/data/20_collect.ipynb #d5a693a1
+# %% ../../nbs/data/20_collect.ipynb #1d9b7907
 import codecs
 import csv
 import glob
@@ -23,6 +23,7 @@ import stat
 import tarfile
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -610,7 +611,7 @@ def read_arrow(
     "Read an Arrow file"
     return read_rows(_from_arrow(_arrow(_file(path)).to_batches(10_000)))
 
-# %% ../../nbs/data/20_collect.ipynb #49cd4e28
+# %% ../../nbs/data/20_collect.ipynb #c8a42b54
 def _same_keys(values: list) -> bool:
     "Do all objects at the same depth have the same keys, which Arrow can hold (none, or a NUL, it cannot)?"
     objects = [v for v in values if isinstance(v, dict)]
@@ -629,6 +630,8 @@ def _complete(part: pa.Array) -> bool:
     "Is every key of every nested object there, and not null?"
     if pa.types.is_list(part.type):
         return _complete(part.flatten())
+    if pa.types.is_null(part.type):
+        return len(part) == 0  # an array of nulls counts none
     if not pa.types.is_struct(part.type):
         return True
     fields = part.flatten()
@@ -717,7 +720,7 @@ class _Column:
         except pa.ArrowException:
             return pa.chunked_array([_cast(p, pa.json_()) for p in self.parts], pa.json_())
 
-# %% ../../nbs/data/20_collect.ipynb #345eb000
+# %% ../../nbs/data/20_collect.ipynb #4d3fcc00
 class _Table:
     "Columns that grow together, the union of all keys, in order of appearance"
 
@@ -748,15 +751,19 @@ class _Table:
 
     def dataset(self, given: Features) -> Dataset:
         "The columns as a `Dataset`; `given` says the types of some"
-        data, types = {}, dict(given)
+        data, types, kinds = {}, dict(given), _kinds(given)
         for name in chain(given, self.columns):
-            kind = given.arrow_schema.field(name).type if name in given else None
-            column = data[name] = self.column(name).whole(kind)
+            column = data[name] = self.column(name).whole(kinds.get(name))
             if name not in given:
                 types[name] = _feature(column.type)
         info = DatasetInfo(features=Features(types))
         fresh = generate_random_fingerprint()  # the usual one is a hash of all data, pickled
         return Dataset(InMemoryTable(pa.table(data)), info=info, fingerprint=fresh)
+
+
+def _kinds(given: Features) -> dict[str, pa.DataType]:
+    "The Arrow types of features"
+    return {f.name: f.type for f in given.arrow_schema}
 
 
 def _feature(kind: pa.DataType) -> Any:
@@ -765,7 +772,7 @@ def _feature(kind: pa.DataType) -> Any:
         return Json()
     return Features.from_arrow_schema(pa.schema([("x", kind)]))["x"]
 
-# %% ../../nbs/data/20_collect.ipynb #49f2fb37
+# %% ../../nbs/data/20_collect.ipynb #4e3c09a9
 _MANY = 10_000
 
 
@@ -778,7 +785,7 @@ def to_dataset(
 ):  # the union of the keys as columns, in order of appearance; None where a row lacks one
     "Rows as a table that loses no key and adds none"
     given, table = Features(features or {}), _Table()
-    kinds = {name: given.arrow_schema.field(name).type for name in given}
+    kinds = _kinds(given)
     for i in range(0, len(rows), _MANY):
         table.add_rows(rows[i : i + _MANY], kinds)
     return table.dataset(given)
@@ -1058,7 +1065,7 @@ def _in_folder(path: Path) -> list[tuple[str, _File]]:
     found = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in _SIDECARS)
     return [(p.relative_to(path).as_posix(), _file(p)) for p in found]
 
-# %% ../../nbs/data/20_collect.ipynb #e883dff1
+# %% ../../nbs/data/20_collect.ipynb #93702223
 def _leaves(name: str) -> bool:
     "Would a member of this name leave the folder?"
     outside = name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name)
@@ -1098,7 +1105,7 @@ def _in_archive(path: Path, found: _Found) -> list[tuple[str, _File]]:
                 found.refused.append((str(path), name, why))
             else:
                 inside.append((name, _packed(_File(f"{path}/{name}", opened))))
-    except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as e:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, OSError, EOFError) as e:
         raise InputError(f"{path}: cannot be read as an archive ({e}); fetch it again.") from None
     return inside
 
@@ -1381,7 +1388,7 @@ def _typed(file: _File, reader: Callable) -> dict[str, pa.DataType]:
         schema = _arrow(file).schema if reader is read_arrow else []
     return {f.name: f.type for f in schema}
 
-# %% ../../nbs/data/20_collect.ipynb #30741e4a
+# %% ../../nbs/data/20_collect.ipynb #d1a3706b
 def _take_file(file: _File, encoding: str | None, kind: str | None) -> _Taken:
     "Read a file in the encoding that it is in; `InputError` for what concerns it as a whole"
     reader = READERS[kind or file.suffix]
@@ -1392,7 +1399,14 @@ def _take_file(file: _File, encoding: str | None, kind: str | None) -> _Taken:
         if not coded and encoding and not _is_utf8(file):
             coded = _coded(file, encoding, "as asked")
         return _read(file, reader, coded) if coded else _read_utf8(file, reader)
-    except (OSError, EOFError, RuntimeError, pa.ArrowException, zipfile.BadZipFile) as e:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        pa.ArrowException,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as e:
         why = getattr(e, "strerror", None) or str(e).partition("\n")[0]
         raise InputError(f"{file.name}: cannot be read ({why}); check the file.") from None
 
