@@ -611,7 +611,7 @@ def read_arrow(
     "Read an Arrow file"
     return read_rows(_from_arrow(_arrow(_file(path)).to_batches(10_000)))
 
-# %% ../../nbs/data/20_collect.ipynb #c8a42b54
+# %% ../../nbs/data/20_collect.ipynb #0419fafe
 def _same_keys(values: list) -> bool:
     "Do all objects at the same depth have the same keys, which Arrow can hold (none, or a NUL, it cannot)?"
     objects = [v for v in values if isinstance(v, dict)]
@@ -635,7 +635,8 @@ def _complete(part: pa.Array) -> bool:
     if not pa.types.is_struct(part.type):
         return True
     fields = part.flatten()
-    return bool(fields) and all(f.null_count == 0 and _complete(f) for f in fields)
+    named = bool(fields) and not any("\0" in f.name for f in part.type)
+    return named and all(f.null_count == 0 and _complete(f) for f in fields)
 
 # %% ../../nbs/data/20_collect.ipynb #fe0139bb
 _PLAIN = {
@@ -1283,7 +1284,7 @@ def _own_place(row: dict, number: int) -> tuple[str, int, dict]:
         return row["source"], row["line"], rest
     return MEMORY, number, row
 
-# %% ../../nbs/data/20_collect.ipynb #f4e441b7
+# %% ../../nbs/data/20_collect.ipynb #4b3c565d
 class _Taken:
     "What was read from one source"
 
@@ -1296,6 +1297,7 @@ class _Taken:
         self.hashed = True  # False: some rows have an id of their own and no digest
         self.again: Callable[[], _Taken] | None = None  # the same with all digests
         self.kinds: dict[str, pa.DataType] = {}  # of a file without rows
+        self.members = False  # True: only members of an archive that are refused
 
     def add(self, records: Iterable[Record]) -> None:
         "Take records, one by one"
@@ -1445,7 +1447,7 @@ class Collected(StepResult):
         ]
         return lines + self.notes
 
-# %% ../../nbs/data/20_collect.ipynb #5777bad0
+# %% ../../nbs/data/20_collect.ipynb #80c47676
 def _loose_rows(rows: Iterable[Any]) -> _Taken:
     "Read rows in memory"
     taken = _Taken(MEMORY, MEMORY)
@@ -1467,6 +1469,7 @@ def _refused(found: _Found) -> list[_Taken]:
     taken = {}
     for archive, member, why in found.refused:
         one = taken.setdefault(archive, _Taken(archive, Path(archive).name))
+        one.members = True
         raw = member.encode("utf-8", "backslashreplace")
         one.add([Record(None, None, f"member refused: it {why}", raw)])
     return list(taken.values())
@@ -1541,7 +1544,7 @@ def _distinct(ids: list[str], used: set[str]) -> list[str]:
         found.append(key)
     return found
 
-# %% ../../nbs/data/20_collect.ipynb #5f857400
+# %% ../../nbs/data/20_collect.ipynb #80f461da
 _FAMILY = {
     '"': "a text",
     "{": "an object",
@@ -1565,7 +1568,7 @@ def _families(column: _Column) -> dict[str, int]:
 def _remarks(taken: _Taken) -> list[str]:
     "What there is to say about a source"
     said = []
-    if not taken.table.n:
+    if not taken.table.n and not taken.members:
         said.append("there are no rows in it" if not taken.bad else "none of its rows can be read")
     for name, column in taken.table.columns.items():
         if column.kind == pa.json_() and len(kinds := list(_families(column).items())) > 1:
