@@ -404,6 +404,10 @@ def test_dicts_that_cannot_be_stored_are_set_aside():
     assert got.dropped["offset"][:] == [None] * 5
 
 
+def test_a_nul_in_memory_is_no_damage_of_a_file():
+    assert collect([{"a": "x\0"}, {"a": "\0"}]).kept["a"][:] == ["x\0", "\0"]
+
+
 def test_steps_hold_every_step_to_the_rule():
     rows = to_dataset([{"id": str(i), "source": "s", "line": i, "a": i} for i in range(10)])
 

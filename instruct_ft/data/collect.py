@@ -12,7 +12,6 @@ __all__ = ['Place', 'PLACE', 'DROPPED', 'READERS', 'MEMORY', 'LONG_ROW', 'Record
 import codecs
 import csv
 import glob
-import hashlib
 import html
 import io
 import json
@@ -29,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple
@@ -548,11 +548,7 @@ def _loose(number: int, row: Any) -> Record:
         return Record(number, None, f"not an object: {kind} in its place", repr(row).encode())
     try:
         raw = orjson.dumps(row, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
-        if b"\\u0000" in raw:
-            json.loads(raw, object_pairs_hook=_once)
         return Record(number, row, "", raw)
-    except _Odd as e:
-        return Record(number, None, str(e), raw)
     except (TypeError, ValueError) as e:
         text = repr(row).encode("utf-8", "backslashreplace")
         return Record(number, None, _unstorable(e), text)
@@ -1260,7 +1256,7 @@ LONG_ROW = 2 * _PIECE  # bytes; a longer row is kept and named in a note
 
 def _digest(base: bytes, line: int | None, raw: bytes) -> bytes:
     "8 bytes from the file's name without folder, the line and the content"
-    return hashlib.blake2b(b"%b\0%a\0%b" % (base, line, raw), digest_size=8).digest()
+    return blake2b(b"%b\0%a\0%b" % (base, line, raw), digest_size=8).digest()
 
 
 def _texts_of(digests: list[bytes]) -> pa.Array:
