@@ -310,7 +310,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'instruct_ft/data/collect.py'),
                                           'instruct_ft.data.collect._missing': ( 'data/collect.html#_missing',
                                                                                  'instruct_ft/data/collect.py'),
-                                          'instruct_ft.data.collect._no_nul': ('data/collect.html#_no_nul', 'instruct_ft/data/collect.py'),
                                           'instruct_ft.data.collect._nothing': ( 'data/collect.html#_nothing',
                                                                                  'instruct_ft/data/collect.py'),
                                           'instruct_ft.data.collect._once': ('data/collect.html#_once', 'instruct_ft/data/collect.py'),

@@ -96,7 +96,7 @@ TORTURE = {
     "lone surrogate": ("a.jsonl", b'{"a":1}\n{"a":"\\ud800"}\n{"a":"\\udc00"}\n{"a":"\\ud83dx"}\n', {1: A1}, [(n, o, "lone surrogate") for n, o in ((2, 8), (3, 23), (4, 38))]),
     "surrogate pair": ("a.jsonl", b'{"a":"\\ud83d\\ude00"}\n', {1: {"a": "😀"}}, []),
     "raw NUL": ("a.jsonl", b'{"a":1}\n{"a":"x\x00"}\n', {1: A1}, [(2, 8, "NUL: byte 0x00 at column 8")]),
-    "escaped NUL": ("a.jsonl", b'{"a":1}\n{"a":["\\u0000"]}\n{"\\u0000":1}\n', {1: A1}, [(2, 8, "NUL"), (3, 25, "NUL")]),
+    "escaped NUL": ("a.jsonl", b'{"a":1}\n{"a":["\\u0000"]}\n{"\\u0000":1}\n', {1: A1, 2: {"a": ["\0"]}}, [(3, 25, r"NUL: \u0000 in a key")]),
     "backslash and u0000": ("a.jsonl", b'{"a":"\\\\u0000"}\n', {1: {"a": "\\u0000"}}, []),
     "disk full of NUL": ("a.jsonl", b'{"a":1}\n' + b"\0" * 4096, {1: A1}, [(2, 8, "NUL")]),
     "other control character": ("a.jsonl", b'{"a":1}\n{"a":"x\x01"}\n', {1: A1}, [(2, 8, "not JSON")]),
@@ -404,7 +404,7 @@ def test_dicts_that_cannot_be_stored_are_set_aside():
     assert got.dropped["offset"][:] == [None] * 5
 
 
-def test_a_nul_in_memory_is_no_damage_of_a_file():
+def test_a_nul_in_a_text_in_memory_stays():
     assert collect([{"a": "x\0"}, {"a": "\0"}]).kept["a"][:] == ["x\0", "\0"]
 
 
