@@ -109,7 +109,7 @@ def file_rows(
     Raises `InputError` for files that cannot be read and when fewer than three rows are left."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        collected = collect(data)
+        collected = collect(data, allow_empty=False)
     converted = to_messages(collected.kept)
     for line in converted.summary():
         echo(f"  {shown(line)}")
