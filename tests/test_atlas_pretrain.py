@@ -68,12 +68,3 @@ def test_control_tokens_get_the_rows_of_their_relatives(tokenizer):
     rows, id_of = model.get_input_embeddings().weight, tokenizer.convert_tokens_to_ids
     assert torch.equal(rows[id_of(TURN_END)], rows[id_of(END_OF_TEXT)])
     assert torch.equal(rows[id_of(TURN_START)], rows[tokenizer("\n").input_ids[0]])
-
-
-def test_the_late_corpus_exercises_skills_and_keeps_to_its_splits():
-    keep = frozenset({"train", "validation"})
-    late = list(islice(corpus(2, keep, late=True), 3000))
-    assert sum("not said" in d or "没有说" in d for d in late) > 100
-    assert sum("right" in d.lower() and "wrong" in d.lower() for d in late) > 100
-    assert late == list(islice(corpus(2, keep, late=True), 3000))
-    assert not any("<|" in d for d in late)
