@@ -423,7 +423,7 @@ def no_none_keys(turns):
             assert None not in part.values()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.lists(arguments, min_size=1, max_size=2), min_size=1, max_size=3))
 def test_g22_tool_calls_with_different_arguments_survive_every_form_that_holds_them(rows):
     talks_ = [calling(*(call(f"f{i}", **args) for i, args in enumerate(row))) for row in rows]
@@ -450,7 +450,7 @@ ALPACA = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(ALPACA, min_size=1, max_size=3), st.sampled_from(WRITABLE))
 def test_g22_alpaca_goes_through_every_form_and_comes_back_exactly(rows, form):
     there = convert([row | {"extra": i} for i, row in enumerate(rows)], form)
@@ -463,7 +463,7 @@ def test_g22_alpaca_goes_through_every_form_and_comes_back_exactly(rows, form):
     assert back["extra"][:] == list(range(len(rows)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.lists(talks(), min_size=1, max_size=3), st.sampled_from(WRITABLE), st.sampled_from(WRITABLE)
 )
@@ -725,7 +725,7 @@ def test_a_span_that_cuts_a_token_is_set_aside():
 NAMES = ["sports", "not sports", "{text}", "科技", "C++", "C"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(texts, st.sampled_from(NAMES)), min_size=1, max_size=4),
     st.sampled_from(["classify_en", "classify_zh"]),
