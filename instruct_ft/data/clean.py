@@ -4,15 +4,21 @@
 
 # %% auto #0
 __all__ = ['INVISIBLE', 'RULES', 'blank', 'each', 'drop_empty', 'normalise', 'fold', 'conversation_key', 'drop_exact_duplicates',
-           'clean']
+           'match_key', 'shingles', 'minhash', 'bands', 'near_duplicate_pairs', 'clean']
 
-# %% ../../nbs/data/21_clean.ipynb #7e4e425f
+# %% ../../nbs/data/21_clean.ipynb #da4a6015
 import json
+import math
 import re
+import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
 from hashlib import blake2b
+from itertools import chain, combinations, product
 
+import numpy as np
 from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets
 from datasets.table import InMemoryTable
 
@@ -31,7 +37,7 @@ def blank(
     "Is there nothing in this text that a reader could see?"
     return not (text or "").strip(_EDGE + _JOINERS)
 
-# %% ../../nbs/data/21_clean.ipynb #0e22deca
+# %% ../../nbs/data/21_clean.ipynb #4a1b1c4c
 def each(
     rows: Dataset,  # any rows
 ) -> Iterator[dict]:  # column -> value, in order
@@ -99,7 +105,7 @@ def drop_empty(
     _need(rows, "drop_empty")
     return _part(rows, [_gap(row["messages"]) for row in each(rows)], "drop_empty")
 
-# %% ../../nbs/data/21_clean.ipynb #9c9a8cde
+# %% ../../nbs/data/21_clean.ipynb #36a1edd1
 RULES: dict[str, Callable[[str], str]] = {
     "nfc": lambda text: unicodedata.normalize("NFC", text),
     "line_ends": lambda text: text.replace("\r\n", "\n").replace("\r", "\n"),
@@ -123,7 +129,7 @@ def _mend(
                 )
     return (turns if messages is not None else None), log
 
-# %% ../../nbs/data/21_clean.ipynb #bb68ad8a
+# %% ../../nbs/data/21_clean.ipynb #69f16345
 def _with_messages(rows: Dataset, messages: list) -> Dataset:
     "The rows with another column of messages, of the same type and in the same place"
     new = Dataset.from_dict(
@@ -167,7 +173,7 @@ def fold(
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return _BESIDE_CJK.sub("", " ".join(text.split()))
 
-# %% ../../nbs/data/21_clean.ipynb #b8cb291e
+# %% ../../nbs/data/21_clean.ipynb #c434d370
 def conversation_key(
     row: dict,  # a row with `messages`
 ) -> str:  # 32 hexadecimal digits; equal for conversations that say the same
@@ -201,7 +207,289 @@ def drop_exact_duplicates(
         reasons.append(f"exact duplicate: of {witness}" if witness is not place else None)
     return _part(rows, reasons, "drop_exact_duplicates")
 
-# %% ../../nbs/data/21_clean.ipynb #4d3c7458
+# %% ../../nbs/data/21_clean.ipynb #53a9837b
+_SIGNS = "*/%&#@\\"  # they belong to what is said, unlike the rest of punctuation
+_UNSAID = {
+    n: None
+    for n in range(sys.maxunicode + 1)
+    if unicodedata.category(c := chr(n)) in ("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Cc", "Cf")
+    and not c.isspace()
+    and c not in _SIGNS
+}
+_HAN = re.compile(f"[{_CJK}]")
+
+
+@cache
+def _simplify() -> Callable[[str], str]:
+    "Traditional to simplified characters, if opencc is installed"
+    try:
+        from opencc import OpenCC
+    except ImportError:
+        return str
+    return OpenCC("t2s").convert
+
+
+def _key_of(folded: str) -> str:
+    "The key of a text that is folded already"
+    key = " ".join(folded.translate(_UNSAID).split())
+    if not key.isascii() and _HAN.search(key):
+        key = _simplify()(key)
+    return key or folded
+
+
+def match_key(
+    text: str,  # any text
+) -> str:  # folded, without punctuation, in simplified characters; digits stay
+    "The form in which texts are compared for likeness"
+    return _key_of(fold(text))
+
+# %% ../../nbs/data/21_clean.ipynb #cdc79143
+_WINDOW = re.compile(f"(?=([{_CJK}].|[^{_CJK}].{{3}}))", re.DOTALL)
+
+
+def shingles(
+    key: str,  # from `match_key`
+) -> set[str]:  # overlapping pieces; the whole text where it is shorter than a piece
+    "Pieces of four characters, of two where they begin with a Chinese or Japanese one"
+    if key.isascii():
+        pieces = {key[i : i + 4] for i in range(len(key) - 3)}
+    else:
+        pieces = set(_WINDOW.findall(key))
+    pieces.add(key[-2:] if _HAN.match(key[-1:]) else key[-4:])
+    return pieces
+
+# %% ../../nbs/data/21_clean.ipynb #94f0e9a6
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_NUMBER = re.compile(r"(?:(?<=\d) ?[-−–+*/×÷^=<>] ?)?\d+(?:\.\d+)*")
+
+
+def _numbers(folded: str) -> tuple[str, ...]:
+    "The numbers of a folded text, sorted; 1,000 is written 1000, and 3 - 4 gives 3 and -4"
+    if not any(map(str.isdecimal, folded)):
+        return ()
+    found = _NUMBER.findall(_THOUSANDS.sub("", folded))
+    return tuple(sorted(n.replace(" ", "").translate({0x2212: "-", 0x2013: "-"}) for n in found))
+
+
+def _conflict(a: tuple, b: tuple) -> bool:
+    "Has each of them a number that the other lacks?"
+    return a != b and bool(Counter(a) - Counter(b)) and bool(Counter(b) - Counter(a))
+
+# %% ../../nbs/data/21_clean.ipynb #8466e037
+def _look(text: str, digit_guard: bool) -> tuple[str, tuple[str, ...]]:
+    "What is compared of a text: its key, and its numbers where they are guarded"
+    if not isinstance(text, str):
+        raise InputError(
+            f"{text!r} is no text; give a str for each row, empty where there is none."
+        )
+    folded = fold(text)
+    return _key_of(folded), _numbers(folded) if digit_guard else ()
+
+
+class _Texts:
+    "Texts in the form in which they are compared"
+
+    def __init__(self, looks: list[tuple[str, tuple[str, ...]]], threshold: float):
+        if not 0 < threshold <= 1:
+            raise InputError(f"threshold = {threshold}: give a number above 0 and up to 1.")
+        self.threshold = threshold
+        self.keys, self.numbers = [key for key, _ in looks], [numbers for _, numbers in looks]
+        self.pieces = lru_cache(1024)(lambda i: shingles(self.keys[i]))
+
+    def similarity(self, i: int, j: int) -> float:
+        "Jaccard similarity if it reaches the threshold and the numbers agree, else 0"
+        if not self.keys[i] or _conflict(self.numbers[i], self.numbers[j]):
+            return 0.0
+        if self.keys[i] == self.keys[j]:
+            return 1.0
+        a, b = sorted((self.pieces(i), self.pieces(j)), key=len)
+        if len(a) < self.threshold * len(b):
+            return 0.0
+        both = len(a & b)
+        score = both / (len(a) + len(b) - both)
+        return score if score >= self.threshold else 0.0
+
+# %% ../../nbs/data/21_clean.ipynb #e4c3ac46
+class _Rarest:
+    "An index that finds every earlier text that may reach the threshold"
+
+    def __init__(self, texts: _Texts, stop: int):
+        sets = [texts.pieces(i) if texts.keys[i] else set() for i in range(stop)]
+        count = Counter(chain.from_iterable(sets))
+        rank = {
+            piece: n for n, (piece, _) in enumerate(sorted(count.items(), key=lambda x: x[::-1]))
+        }
+        self.rarest = []
+        for pieces in sets:
+            most = len(pieces) - math.ceil(texts.threshold * len(pieces) - 1e-9) + 1
+            self.rarest.append(sorted(map(rank.__getitem__, pieces))[:most])
+        self.places: dict[int, list[int]] = {}
+
+    def find(self, j: int) -> set[int]:
+        "Texts added before that share one of the rarest pieces"
+        return set(chain.from_iterable(self.places.get(rank, ()) for rank in self.rarest[j]))
+
+    def add(self, j: int) -> None:
+        for rank in self.rarest[j]:
+            self.places.setdefault(rank, []).append(j)
+
+# %% ../../nbs/data/21_clean.ipynb #6b2a7344
+_RANDOM = np.random.default_rng(126).integers(0, 2**32, (2, 126, 1), dtype=np.uint64)
+_ODD, _FLIP = (_RANDOM[0] | np.uint64(1)).astype(np.uint32), _RANDOM[1].astype(np.uint32)
+_WIDE = np.array(
+    [[0x3005, 0x3008], [0x3040, 0x3100], [0x3400, 0xA000], [0xF900, 0xFB00], [0x20000, 0x40000]]
+)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    "Spread 64-bit numbers evenly (Source: SplitMix64, Steele et al. 2014)"
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _hashed(keys: list[str]) -> Iterator[np.ndarray]:
+    "For each text the hashes of its windows, uint32"
+    code = np.frombuffer("".join(keys).encode("utf-32-le", "surrogatepass"), np.uint32)
+    lengths = np.array([len(key) for key in keys])
+    ends = lengths.cumsum()
+    wide = np.searchsorted(_WIDE.ravel(), code, "right") % 2 == 1
+    fits = np.arange(len(code)) + np.where(wide, 2, 4) <= ends.repeat(lengths)
+    c, step = np.pad(code.astype(np.uint64), (0, 3)), np.uint64(0x9E3779B97F4A7C15)
+    two = c[:-3] * step + c[1:-2]
+    hashes = _mix(np.where(wide, two, (two * step + c[2:-1]) * step + c[3:])).astype(np.uint32)
+    for start, end in zip(ends - lengths, ends, strict=True):
+        yield hashes[start:end][fits[start:end]]
+
+# %% ../../nbs/data/21_clean.ipynb #e4cabc63
+def minhash(
+    keys: list[str],  # from `match_key`
+) -> np.ndarray:  # `(N, 126)` uint32; 2**32 - 1 throughout for a text shorter than a piece
+    "For each text the smallest value that each of 126 hash functions takes on its pieces"
+    signs, start = np.full((len(keys), 126), 2**32 - 1, np.uint32), 0
+    while start < len(keys):
+        size, stop = 0, start
+        while stop < len(keys) and size < 200_000:  # characters: what fits into the cache
+            size, stop = size + len(keys[stop]), stop + 1
+        for i, x in enumerate(_hashed(keys[start:stop]), start):
+            for at in range(0, len(x), 4096):
+                best = ((x[at : at + 4096] ^ _FLIP) * _ODD).min(axis=1)
+                np.minimum(signs[i], best, out=signs[i])
+        start = stop
+    return signs
+
+# %% ../../nbs/data/21_clean.ipynb #c475c761
+def bands(
+    threshold: float,  # similarity that is looked for, above 0 and up to 1
+) -> tuple[int, int]:  # number of bands, numbers in each: at most 126 together
+    "The longest bands that still miss fewer than 1 in 200 texts at the threshold"
+    for rows in (14, 9, 7, 6, 5, 4, 3, 2):
+        if (1 - threshold**rows) ** (126 // rows) <= 0.005:
+            return 126 // rows, rows
+    return 126, 1
+
+# %% ../../nbs/data/21_clean.ipynb #47e6d350
+_ROOM = 200
+
+
+def _band_values(texts: _Texts) -> tuple[np.ndarray, np.ndarray]:
+    "For each text and band a number, `(N, bands)` uint64; and whether another text has it"
+    signs, (number, width) = minhash(texts.keys), bands(texts.threshold)
+    value = np.broadcast_to(np.arange(number, dtype=np.uint64), (len(signs), number))
+    for n in range(width):
+        value = _mix(value + signs[:, n : number * width : width])
+    shared = np.empty(value.shape, bool)
+    for n in range(number):
+        _, place, count = np.unique(value[:, n], return_inverse=True, return_counts=True)
+        shared[:, n] = count[place] > 1
+    whole = (signs == 2**32 - 1).all(1, keepdims=True)  # shorter than a piece
+    return value, shared & ~whole
+
+# %% ../../nbs/data/21_clean.ipynb #f89d6a9c
+class _Bands:
+    "An index that finds the earlier texts that agree in one band"
+
+    def __init__(self, texts: _Texts):
+        value, shared = _band_values(texts)
+        row, band = np.nonzero(shared)
+        self.values = value[row, band].tolist()
+        self.at = np.searchsorted(row, np.arange(len(value) + 1)).tolist()
+        self.numbers, self.buckets = texts.numbers, {}
+
+    def _names(self, j: int) -> list:
+        "The buckets of a text: for each band one, and a second one where that is full"
+        names = self.values[self.at[j] : self.at[j + 1]]
+        full = [name for name in names if len(self.buckets.get(name, ())) >= _ROOM]
+        return names + [(name, self.numbers[j]) for name in full]
+
+    def find(self, j: int) -> set[int]:
+        "Texts added before that share a bucket"
+        return set(chain.from_iterable(self.buckets.get(name, ()) for name in self._names(j)))
+
+    def add(self, j: int) -> None:
+        "Let later texts find this one"
+        for name in self._names(j):
+            bucket = self.buckets.setdefault(name, [])
+            if len(bucket) < _ROOM:
+                bucket.append(j)
+
+# %% ../../nbs/data/21_clean.ipynb #128ad26c
+_EXACT = 2000
+
+
+class _Index:
+    "Earlier texts that may reach the threshold: exactly for the first 2,000, by bands after"
+
+    def __init__(self, texts: _Texts):
+        self.few = _Rarest(texts, min(len(texts.keys), _EXACT))
+        self.many = _Bands(texts) if len(texts.keys) > _EXACT else None
+        self.texts, self.same = texts, {}
+
+    def find(self, j: int) -> list[int]:
+        "Numbers of the texts to compare with, in order"
+        index = self.few if j < _EXACT else self.many
+        return sorted(index.find(j) | {*self.same.get(self.texts.keys[j], ())})
+
+    def add(self, j: int) -> None:
+        "Let later texts find this one"
+        same = self.same.setdefault(self.texts.keys[j], [])
+        if len(same) < _ROOM:
+            same.append(j)
+        if j < _EXACT:
+            self.few.add(j)
+        if self.many:
+            self.many.add(j)
+
+# %% ../../nbs/data/21_clean.ipynb #be0a7690
+def _pairs(texts: _Texts) -> Iterator[tuple[int, int, float]]:
+    "All pairs that reach the threshold, as far as the index finds them"
+    index = _Index(texts)
+    for j in range(len(texts.keys)):
+        for i in index.find(j):
+            if score := texts.similarity(i, j):
+                yield i, j, score
+        index.add(j)
+
+
+def near_duplicate_pairs(
+    texts: Sequence[str],  # already chosen; they are normalised here
+    threshold: float = 0.8,  # Jaccard similarity of `shingles`, above 0 and up to 1
+    digit_guard: bool = True,  # texts whose numbers conflict are no pair
+) -> list[tuple[int, int, float]]:  # `(i, j, similarity)` with i < j, sorted
+    """All pairs of texts that are at least so similar: each one among the first 2,000 different
+    texts, and after that with a probability above 99.5% at the threshold, higher above it
+
+    Raises `InputError` for a threshold out of range and for what is no text."""
+    same: dict[tuple, list[int]] = {}
+    for n, text in enumerate(texts):
+        same.setdefault(_look(text, digit_guard), []).append(n)
+    looks = [look for look in same if look[0]]
+    found = [(i, j, 1.0) for look in looks for i, j in combinations(same[look], 2)]
+    for a, b, score in _pairs(_Texts(looks, threshold)):
+        found += [(*sorted(ij), score) for ij in product(same[looks[a]], same[looks[b]])]
+    return sorted(found)
+
+# %% ../../nbs/data/21_clean.ipynb #a1cb5ce6
 def clean(
     rows: Dataset,  # conversation rows with columns id, messages; others survive
 ) -> StepResult:  # kept; dropped and changes of all three steps, each row with its step's name
