@@ -8,7 +8,7 @@ __all__ = ['MARKS', 'HAN', 'PROTECTED', 'NEAR', 'OCR', 'HOMOPHONES', 'FRAMES', '
            'synonym_table', 'Synonym', 'Insert', 'swap', 'delete', 'crop', 'phrase', 'entities', 'EntitySwap',
            'Counterfactual', 'Augmented', 'augment']
 
-# %% ../../nbs/data/26_augment.ipynb #c298a259
+# %% ../../nbs/data/26_augment.ipynb #13143f4e
 import json
 import random
 import re
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import Annotated, NamedTuple
 
 from datasets import Dataset, Value, concatenate_datasets
@@ -89,7 +90,7 @@ _NUMBER_WORDS = (
 )
 _DENIALS = "not no never none nor neither nothing nobody nowhere without cannot"
 
-# %% ../../nbs/data/26_augment.ipynb #d21d9709
+# %% ../../nbs/data/26_augment.ipynb #5e30bc5e
 def _any_of(words: str) -> str:
     "A pattern for whole English words"
     return rf"(?i:(?<![a-z])(?:{'|'.join(words.split())})(?![a-z]))"
@@ -97,7 +98,7 @@ def _any_of(words: str) -> str:
 
 PROTECTED: dict[str, str] = {
     "code": r"(?s:```(?:.*?```|.*))|`[^`\n]+`|\$\$[^$]+\$\$|\$[^$\n]{1,200}\$",
-    "placeholder": r"\{\{?[^{}\n]{1,80}\}\}?|\[[^\[\]\n]{1,80}\]|<[^<>\n]{1,200}>|%\(\w+\)[a-z]|%[sdf]|\$\w+|__+",
+    "placeholder": r"\$?\{\{?[^{}\n]{1,80}\}\}?|\[[^\[\]\n]{1,80}\]|<[^<>\n]{1,200}>|%\(\w+\)[a-z]|%[sdf]|\$\w+|__+",
     "quote": r"\"[^\"\n]{1,200}\"|“[^”\n]{1,200}”|‘[^’\n]{1,200}’|「[^」\n]{1,200}」|『[^』\n]{1,200}』|《[^》\n]{1,200}》",
     "number": f"[{_NUMERIC}]+|" + _any_of(_NUMBER_WORDS),
     "negation": _any_of(_DENIALS)
@@ -292,7 +293,7 @@ def homophone(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     "Chinese characters of the same sound, as typed by mistake"
     return _characters(room, rng, rate, _SOUNDS)
 
-# %% ../../nbs/data/26_augment.ipynb #f532a5db
+# %% ../../nbs/data/26_augment.ipynb #0c8f9d65
 def case(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     "Capitals where there were none, and the other way round; acronyms keep theirs"
     edits = []
@@ -311,10 +312,11 @@ def case(room: Room, rng: random.Random, rate: float) -> list[Edit]:
 def spacing(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     "A space lost, doubled, or where none belongs"
     text, chances = room.text, []
-    for (start, end), (after, _) in zip(room.words, [*room.words[1:], (-1, -1)], strict=True):
-        if text[end:after] == " ":
-            chances += [Edit(end, after, ""), Edit(end, after, "  ")]
-        elif end == after:
+    for (start, end), following in zip_longest(room.words, room.words[1:]):
+        gap = text[end : following[0]] if following else None
+        if gap == " " and room.free(end, end + 1):
+            chances += [Edit(end, end + 1, ""), Edit(end, end + 1, "  ")]
+        elif gap == "":
             chances.append(Edit(end, end, " "))
         if _ascii(text[start:end]) and end - start > 4:
             middle = rng.randrange(start + 2, end - 1)
@@ -620,7 +622,7 @@ class Counterfactual:
         ]
         return edits if all(room.free(e.start, e.end) for e in edits) else None
 
-# %% ../../nbs/data/26_augment.ipynb #2dc73afa
+# %% ../../nbs/data/26_augment.ipynb #a3e8e689
 @dataclass(frozen=True)
 class Augmented(StepResult):
     "Rows with their children behind them; `added` closes the account"
@@ -638,7 +640,7 @@ class Augmented(StepResult):
     @property
     def children(self) -> Dataset:
         "The new rows"
-        return self.kept.select(range(len(self.kept) - self.added, len(self.kept)))
+        return self.kept.select(list(range(len(self.kept) - self.added, len(self.kept))))
 
     def __str__(self) -> str:
         lacking = sum(self.missing.values())
@@ -687,7 +689,7 @@ def _rooms(row: dict, whole: bool, protect: str | None) -> dict[str, Room]:
             rooms[f"messages[{i}].content"] = Room(text, _merged(protected(text, protect) + echoes))
     return rooms
 
-# %% ../../nbs/data/26_augment.ipynb #3c571dce
+# %% ../../nbs/data/26_augment.ipynb #8e953eb4
 @lru_cache(64)
 def _kept_safe(text: str, protect: str | None, spans: tuple[tuple[int, int], ...]) -> list[str]:
     "The protected things outside of the spans; the parent's are asked for again and again"
@@ -720,7 +722,10 @@ def _draw(
             return "protected"
         if not edits:
             continue
-        text, moved = rewrite(room.text, edits, [s[:2] for s in room.spans])
+        places = [s[:2] for s in room.spans]
+        if not all(room.free(e.start, e.end) or e[:2] in places for e in edits):
+            return "would break something"
+        text, moved = rewrite(room.text, edits, places)
         if not _sound(room, edits, text, moved, protect):
             return "would break something"
         new[name] = (text, edits)
@@ -862,7 +867,7 @@ def _methods(methods: Iterable[str] | dict[str, Callable]) -> dict[str, Callable
             raise InputError(f"methods: there is no {name!r}; {hint}")
     return {name: AUGMENTERS[name] for name in names}
 
-# %% ../../nbs/data/26_augment.ipynb #7b559569
+# %% ../../nbs/data/26_augment.ipynb #b33a5d1d
 def _require(rows: Dataset, methods: dict, n: int, rate: float, protect: str | None) -> None:
     "`InputError` for what cannot be augmented"
     if not isinstance(rows, Dataset):
@@ -875,7 +880,7 @@ def _require(rows: Dataset, methods: dict, n: int, rate: float, protect: str | N
             f"augment needs the columns id and text, or id and messages, and got {', '.join(rows.column_names) or 'none'}; "
             "run collect, or to_messages, on the rows first."
         )
-    if rows.features["id"] != Value("string") or None in rows["id"]:
+    if len(rows) and (rows.features["id"] != Value("string") or None in rows["id"]):
         raise InputError(
             "augment needs an id for every row, as a text; run collect on the rows first."
         )
