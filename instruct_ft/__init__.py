@@ -10,10 +10,17 @@ _MODULES = {
     "claims": "Claim ClaimError claim claims_table read_claims",
     "atlas.facts": "atlas_path",
     "atlas.instructions": "instructions",
-    "data.collect": "StepResult accounting collect steps",
-    "data.clean": "clean drop_empty drop_exact_duplicates",
-    "data.split": "Splits split",
-    "data.convert": "detect_format to_messages",
+    "data.collect": "StepResult accounting collect steps write_rows",
+    "data.clean": "apply_rules clean drop_empty drop_exact_duplicates drop_near_duplicates"
+    " handle_missing near_duplicate_pairs normalise",
+    "data.label": "cast_votes class_widget cohen_kappa fleiss_kappa krippendorff_alpha label_errors"
+    " out_of_fold prelabel span_widget weighted_vote",
+    "data.split": "Splits contamination folds split",
+    "data.convert": "convert detect_format from_instructions from_messages spans_to_tags"
+    " tags_to_spans to_instructions to_messages unify",
+    "data.load": "Loader StreamLoader mix",
+    "data.augment": "augment",
+    "data.preprocess": "preprocess",
     "tokenization.encode": "TEMPLATES Encoded encode encode_prompt encode_rows resolve_template"
     " show_tokens stop_ids",
     "model.load": "load_model model_card pick_device",
