@@ -30,7 +30,7 @@ from .clean import blank, conversation_key, each, fold
 from .collect import StepResult, aside, set_aside, to_dataset
 from ..settings import InputError
 
-# %% ../../nbs/data/26_augment.ipynb #72253ed4
+# %% ../../nbs/data/26_augment.ipynb #93a9a10a
 class Edit(NamedTuple):
     "Put `text` in the place of `[start, end)`"
 
@@ -38,7 +38,7 @@ class Edit(NamedTuple):
     end: Annotated[int, "one behind the last; equal to `start`: an insertion"]
     text: Annotated[str, "what comes there; empty: a deletion"]
 
-
+# %% ../../nbs/data/26_augment.ipynb #203278ed
 def rewrite(
     text: str,  # any text
     edits: Iterable[Edit],  # in any order; they must not overlap
@@ -65,7 +65,7 @@ def rewrite(
     ]
     return "".join(parts) + text[at:], moved
 
-# %% ../../nbs/data/26_augment.ipynb #101058fb
+# %% ../../nbs/data/26_augment.ipynb #3e49442c
 def ranges(
     characters: Iterable[str],  # in any order
 ) -> str:  # `a-z` for letters from a to z
@@ -90,7 +90,7 @@ _NUMBER_WORDS = (
 )
 _DENIALS = "not no never none nor neither nothing nobody nowhere without cannot"
 
-# %% ../../nbs/data/26_augment.ipynb #5e30bc5e
+# %% ../../nbs/data/26_augment.ipynb #0156b265
 def _any_of(words: str) -> str:
     "A pattern for whole English words"
     return rf"(?i:(?<![a-z])(?:{'|'.join(words.split())})(?![a-z]))"
@@ -108,7 +108,7 @@ _PROTECTED = re.compile("|".join(PROTECTED.values()))
 _RUN = re.compile(f"[!-~{_NUMERIC}]+")
 _TECHNICAL = re.compile(rf"[{_NUMERIC}@_\\]|://|\w\(|[A-Za-z][./][A-Za-z]|[a-z][A-Z]")
 
-# %% ../../nbs/data/26_augment.ipynb #9a5ec84d
+# %% ../../nbs/data/26_augment.ipynb #b7415afe
 def _merged(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     "Intervals in order, those that overlap joined"
     out: list[tuple[int, int]] = []
@@ -134,7 +134,7 @@ def protected(
         found += [m.span() for m in re.finditer(protect, text) if m[0]]
     return _merged(found)
 
-# %% ../../nbs/data/26_augment.ipynb #98f4a1e7
+# %% ../../nbs/data/26_augment.ipynb #0934563e
 _LETTER = rf"(?:(?![{HAN}])[^\W\d_][{MARKS}]*)"
 _WORD = re.compile(rf"{_LETTER}+(?:['’-]{_LETTER}+)*|(?P<han>(?:[{HAN}][{MARKS}]*)+)")
 
@@ -164,7 +164,7 @@ def _words(text: str) -> list[tuple[int, int]]:
             at += len(part)
     return out
 
-# %% ../../nbs/data/26_augment.ipynb #cd57480f
+# %% ../../nbs/data/26_augment.ipynb #97100ff5
 @dataclass(frozen=True)
 class Room:
     "A text and what in it may be changed"
@@ -198,7 +198,7 @@ class Room:
         count = max(1, round(rate * len(self.words)))
         return [among[i] for i in sorted(rng.sample(range(len(among)), min(count, len(among))))]
 
-# %% ../../nbs/data/26_augment.ipynb #d8843de5
+# %% ../../nbs/data/26_augment.ipynb #b76b4685
 _ROWS = ["qwertyuiop", "asdfghjkl", "zxcvbnm"]
 _PLACE = {c: (y, x + y / 2) for y, row in enumerate(_ROWS) for x, c in enumerate(row)}
 NEAR = {
@@ -211,7 +211,7 @@ def _ascii(text: str) -> bool:
     "Letters from A to Z and nothing else"
     return text.isascii() and text.isalpha()
 
-
+# %% ../../nbs/data/26_augment.ipynb #b4e42339
 def keyboard(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     "Slips of the finger in words of four letters and more"
     edits = []
@@ -228,7 +228,7 @@ def keyboard(room: Room, rng: random.Random, rate: float) -> list[Edit]:
         )
     return edits
 
-# %% ../../nbs/data/26_augment.ipynb #11aef6ec
+# %% ../../nbs/data/26_augment.ipynb #64bb4b69
 OCR = {
     "en": "rn m cl d vv w e c h b i j l I u v nn m q g f t".split(),
     "zh": "人入日曰土士己已大太天夭鸟乌兔免贝见拔拨侯候治冶券卷晴睛狠狼幕慕历厉折拆侍待徒徙坏环住往微徽博搏问间今令休体由田牛午",
@@ -241,6 +241,7 @@ for _a, _b in [
     _SHAPES.setdefault(_a, set()).add(_b)
     _SHAPES.setdefault(_b, set()).add(_a)
 
+# %% ../../nbs/data/26_augment.ipynb #88900b54
 HOMOPHONES = (
     "的得地 在再 做作坐 以已 像象向 是事市式 有友 和合河 常长场 名明 期其奇 知之支 心新 里理礼 到道 会汇惠 文闻 生声升 话画化 "
     "家加佳 天添 公工供 司思丝 机基鸡 气汽器 电店殿 因音阴 为围维 应英 间坚 结节洁 经京精 该垓 成程城 前钱 情晴 请顷 清青轻 "
@@ -261,7 +262,7 @@ def _alike(groups: Iterable[str]) -> dict[str, str]:
 
 _SOUNDS = _alike(HOMOPHONES)
 
-# %% ../../nbs/data/26_augment.ipynb #cc8b31fb
+# %% ../../nbs/data/26_augment.ipynb #1d6e866d
 def _characters(
     room: Room, rng: random.Random, rate: float, table: dict[str, Iterable[str]]
 ) -> list[Edit]:
@@ -283,7 +284,7 @@ def _characters(
         edits.append(Edit(i, j, rng.choice(sorted(table[room.text[i:j]]))))
     return edits
 
-
+# %% ../../nbs/data/26_augment.ipynb #8aec2335
 def ocr(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     "Shapes that a scanner takes for one another"
     return _characters(room, rng, rate, _SHAPES)
@@ -293,7 +294,7 @@ def homophone(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     "Chinese characters of the same sound, as typed by mistake"
     return _characters(room, rng, rate, _SOUNDS)
 
-# %% ../../nbs/data/26_augment.ipynb #0c8f9d65
+# %% ../../nbs/data/26_augment.ipynb #f4e8f4b3
 def case(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     "Capitals where there were none, and the other way round; acronyms keep theirs"
     edits = []
@@ -308,7 +309,7 @@ def case(room: Room, rng: random.Random, rate: float) -> list[Edit]:
         edits.append(Edit(start, end, rng.choice(sorted(forms))))
     return edits
 
-
+# %% ../../nbs/data/26_augment.ipynb #b146bc4b
 def spacing(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     "A space lost, doubled, or where none belongs"
     text, chances = room.text, []
@@ -324,7 +325,7 @@ def spacing(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     chosen = {edit.start: edit for edit in room.pick(rng, rate, chances)}
     return list(chosen.values())
 
-# %% ../../nbs/data/26_augment.ipynb #28af2ba9
+# %% ../../nbs/data/26_augment.ipynb #310fe2db
 @lru_cache
 def synonym_table() -> dict[str, tuple[str, ...]]:
     "The Atlas thesaurus: word -> other words, English and Chinese"
@@ -342,7 +343,7 @@ def _cased(word: str, like: str) -> str:
         return word.upper()
     return word[0].upper() + word[1:] if like[0].isupper() else word
 
-
+# %% ../../nbs/data/26_augment.ipynb #d96ed7e0
 _ARTICLE = re.compile(r"\ban? $")
 
 
@@ -368,7 +369,7 @@ class _Thesaurus:
                 out.append((start, end, tuple(_cased(w, word) for w in others)))
         return out
 
-# %% ../../nbs/data/26_augment.ipynb #f80b9eae
+# %% ../../nbs/data/26_augment.ipynb #5001e49a
 class Synonym(_Thesaurus):
     "Replace words by synonyms"
 
@@ -389,7 +390,7 @@ class Insert(_Thesaurus):
             edits[at] = Edit(at, at, word if re.match(f"[{HAN}]", word) else word.lower() + " ")
         return list(edits.values())
 
-
+# %% ../../nbs/data/26_augment.ipynb #366d6a61
 def swap(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     "Exchange pairs of words"
     chosen = room.pick(rng, 2 * rate) if len(room.words) > 2 else room.words
@@ -402,7 +403,7 @@ def swap(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     pairs = zip(order[::2], order[1::2], strict=False)
     return [Edit(*a, room.text[b[0] : b[1]]) for x, y in pairs for a, b in ((x, y), (y, x))]
 
-# %% ../../nbs/data/26_augment.ipynb #75231f70
+# %% ../../nbs/data/26_augment.ipynb #4a3162b5
 def delete(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     "Leave words out, with a space each; at least half of them stay"
     if len(_words(room.text)) < 2:
@@ -430,7 +431,7 @@ def crop(room: Room, rng: random.Random, rate: float) -> list[Edit]:
     edits = [Edit(units[0][0], units[left][0], "")] if left else []
     return edits + ([Edit(units[-right - 1][1], units[-1][1], "")] if right else [])
 
-# %% ../../nbs/data/26_augment.ipynb #6996281d
+# %% ../../nbs/data/26_augment.ipynb #d58acb5f
 def _imperatives() -> list[list[tuple[str, str]]]:
     "Frames for requests that begin with a verb"
     verbs = (
@@ -448,7 +449,7 @@ def _imperatives() -> list[list[tuple[str, str]]]:
         for v in verbs
     ]
 
-
+# %% ../../nbs/data/26_augment.ipynb #c8ff1e0e
 def _questions() -> list[list[tuple[str, str]]]:
     "Frames for questions"
     pairs = [
@@ -471,7 +472,7 @@ def _questions() -> list[list[tuple[str, str]]]:
         for w, v in pairs
     ]
 
-
+# %% ../../nbs/data/26_augment.ipynb #3d19fe54
 _HOW = [
     ("How do I ", "?"),
     ("How can I ", "?"),
@@ -501,7 +502,7 @@ FRAMES = [
     *_ZH,
 ]  # groups of (before, behind) that ask the same
 
-# %% ../../nbs/data/26_augment.ipynb #71051866
+# %% ../../nbs/data/26_augment.ipynb #7ea66f62
 _MATTER = r"(?:[^\n.?!。？！]|\.(?=\S))+"
 _FRAMES = [
     (re.compile(f"{re.escape(a)}({_MATTER}){re.escape(b)}(?=\\s*$|\\s*\\n)"), (a, b), group)
@@ -522,7 +523,7 @@ def phrase(room: Room, rng: random.Random, rate: float) -> list[Edit] | None:
             return edits if all(room.free(e.start, e.end) for e in edits) else None
     return []
 
-# %% ../../nbs/data/26_augment.ipynb #e5f64204
+# %% ../../nbs/data/26_augment.ipynb #deb9a4f0
 def entities(
     rows: Dataset,  # training rows with `text` and `spans` (dicts of start, end, label)
 ) -> dict[str, list[str]]:  # label -> surfaces, in alphabetical order
@@ -533,7 +534,7 @@ def entities(
             found.setdefault(span["label"], set()).add(row["text"][span["start"] : span["end"]])
     return {label: sorted(surfaces) for label, surfaces in sorted(found.items())}
 
-
+# %% ../../nbs/data/26_augment.ipynb #c7e5b303
 class EntitySwap:
     "Put another entity of the same type in the place of one"
 
@@ -559,7 +560,7 @@ class EntitySwap:
             for s, e, others in ([rng.choice(chances)] if chances else [])
         ]
 
-# %% ../../nbs/data/26_augment.ipynb #7d9c942e
+# %% ../../nbs/data/26_augment.ipynb #e5686194
 GENDER = {
     "en": (
         "he she himself herself man woman men women boy girl boys girls father mother fathers mothers son daughter sons "
@@ -573,12 +574,13 @@ GENDER = {
     ).split(),
 }  # each word is followed by its counterpart
 _NEUTRAL = "其他 吉他 他人 他国 他乡 利他 他律 排他".split()
+_AFTER = re.compile(r" ([A-Za-z]+)")
 _NO_NOUN = set(
     "a an and about after again all and as at because before but by for from how if in into is it on or since so that "
     "the then there this to today tomorrow tonight too was were what when where who why will with yesterday".split()
 )
 
-# %% ../../nbs/data/26_augment.ipynb #65b82a65
+# %% ../../nbs/data/26_augment.ipynb #1767d7ea
 class Counterfactual:
     "Exchange gendered words, all of them; needs every turn of a conversation"
 
@@ -608,7 +610,7 @@ class Counterfactual:
     def other(self, match: re.Match) -> str | None:
         "The counterpart of a word; None for a word without gender"
         word = match[0].lower()
-        after = re.match(r" ([a-z]+)", match.string[match.end() :], re.IGNORECASE)
+        after = _AFTER.match(match.string, match.end())
         noun = after is not None and after[1].lower() not in _NO_NOUN
         if self.table.get(word) == "":
             return _cased(
@@ -622,7 +624,7 @@ class Counterfactual:
         ]
         return edits if all(room.free(e.start, e.end) for e in edits) else None
 
-# %% ../../nbs/data/26_augment.ipynb #a3e8e689
+# %% ../../nbs/data/26_augment.ipynb #77bd4adb
 @dataclass(frozen=True)
 class Augmented(StepResult):
     "Rows with their children behind them; `added` closes the account"
@@ -648,7 +650,7 @@ class Augmented(StepResult):
 
     __repr__ = __str__
 
-# %% ../../nbs/data/26_augment.ipynb #40eb327e
+# %% ../../nbs/data/26_augment.ipynb #23e28de8
 _COMMON = set(
     "a about all am an and any are as at be been but by can could did do does for from had has have he her him his how i if in "
     "into is it its may me more my of on or our please she should so some than that the their them then there these they this "
@@ -663,7 +665,7 @@ def _echoes(text: str, answer: str) -> list[tuple[int, int]]:
     found = [(s, e) for s, e in _words(text) if text[s:e].casefold() in said]
     return found + [m.span(1) for m in _PAIR.finditer(text) if m[1] in answer]
 
-
+# %% ../../nbs/data/26_augment.ipynb #17823dcf
 def _places(row: dict, column: str) -> list[tuple[int, int, str]]:
     "The spans of a row, as (start, end, label)"
     return [(span["start"], span["end"], span.get("label") or "") for span in row.get(column) or ()]
@@ -689,7 +691,7 @@ def _rooms(row: dict, whole: bool, protect: str | None) -> dict[str, Room]:
             rooms[f"messages[{i}].content"] = Room(text, _merged(protected(text, protect) + echoes))
     return rooms
 
-# %% ../../nbs/data/26_augment.ipynb #8e953eb4
+# %% ../../nbs/data/26_augment.ipynb #b45190c2
 @lru_cache(64)
 def _kept_safe(text: str, protect: str | None, spans: tuple[tuple[int, int], ...]) -> list[str]:
     "The protected things outside of the spans; the parent's are asked for again and again"
@@ -710,7 +712,7 @@ def _sound(
     safe = _kept_safe(room.text, protect, places) == _kept_safe(text, protect, tuple(moved))
     return surfaces and safe and not blank(text)
 
-
+# %% ../../nbs/data/26_augment.ipynb #78f24f07
 def _draw(
     rooms: dict[str, Room], method: Callable, rng: random.Random, rate: float, protect: str | None
 ) -> dict | str:
@@ -731,7 +733,7 @@ def _draw(
         new[name] = (text, edits)
     return new or "nothing to change"
 
-# %% ../../nbs/data/26_augment.ipynb #0c97ecff
+# %% ../../nbs/data/26_augment.ipynb #ad2aa53e
 def _moved_spans(row: dict, column: str, edits: list[Edit]) -> list[dict]:
     "The spans of a row after the edits"
     old = row[column] or []
@@ -755,7 +757,7 @@ def _child(row: dict, method: str, k: int, new: dict[str, tuple[str, list[Edit]]
             turn["content"] = new[f"messages[{i}].content"][0]
     return child | dict(messages=turns)
 
-# %% ../../nbs/data/26_augment.ipynb #f5d8fef3
+# %% ../../nbs/data/26_augment.ipynb #4876ca96
 TRIES = 8  # draws for one child, before it is given up
 
 
@@ -778,7 +780,7 @@ def _generator(seed: int, method: str, k: int, content: str) -> random.Random:
     text = "\0".join((str(seed), method, str(k), content))
     return random.Random(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
 
-
+# %% ../../nbs/data/26_augment.ipynb #8ca4ca60
 class _Plan(NamedTuple):
     "What `augment` was asked for"
 
@@ -791,7 +793,7 @@ class _Plan(NamedTuple):
     ids: set[str]
     held: set[str]
 
-# %% ../../nbs/data/26_augment.ipynb #7c3b6bfe
+# %% ../../nbs/data/26_augment.ipynb #cf5881a4
 def _one(
     row: dict, name: str, k: int, rooms: dict[str, Room], plan: _Plan, siblings: set[str]
 ) -> tuple | str:
@@ -812,7 +814,7 @@ def _one(
             return child, new
     return why
 
-
+# %% ../../nbs/data/26_augment.ipynb #9ad2ec68
 def _family(row: dict, plan: _Plan) -> tuple[list[dict], list[dict], Counter]:
     "The children of a row, their changes, and what is missing"
     children, log, missing, siblings, rooms = [], [], Counter(), set(), {}
@@ -833,7 +835,7 @@ def _family(row: dict, plan: _Plan) -> tuple[list[dict], list[dict], Counter]:
                 log.append(dict(id=made[0]["id"], field=part, rule=name, before=before, after=text))
     return children, log, missing
 
-# %% ../../nbs/data/26_augment.ipynb #b134473d
+# %% ../../nbs/data/26_augment.ipynb #4d91b1a7
 AUGMENTERS: dict[str, Callable[[Room, random.Random, float], list[Edit] | None]] = {
     "keyboard": keyboard,
     "ocr": ocr,
@@ -849,7 +851,7 @@ AUGMENTERS: dict[str, Callable[[Room, random.Random, float], list[Edit] | None]]
     "counterfactual": Counterfactual(),
 }  # name -> method: room, random generator, rate -> edits
 
-
+# %% ../../nbs/data/26_augment.ipynb #1e5cdf64
 def _methods(methods: Iterable[str] | dict[str, Callable]) -> dict[str, Callable]:
     "Name -> function; `InputError` for a name that is not known"
     if isinstance(methods, dict):
@@ -867,7 +869,7 @@ def _methods(methods: Iterable[str] | dict[str, Callable]) -> dict[str, Callable
             raise InputError(f"methods: there is no {name!r}; {hint}")
     return {name: AUGMENTERS[name] for name in names}
 
-# %% ../../nbs/data/26_augment.ipynb #b33a5d1d
+# %% ../../nbs/data/26_augment.ipynb #aaf3c583
 def _require(rows: Dataset, methods: dict, n: int, rate: float, protect: str | None) -> None:
     "`InputError` for what cannot be augmented"
     if not isinstance(rows, Dataset):
@@ -899,7 +901,7 @@ def _require(rows: Dataset, methods: dict, n: int, rate: float, protect: str | N
             f"protect = {protect!r} is no regular expression: {e}; mend it, or escape it by re.escape."
         ) from None
 
-
+# %% ../../nbs/data/26_augment.ipynb #1482b3a4
 def _unfit(row: dict) -> str | None:
     "Why a row may not be augmented; None when it may"
     if row.get("split", "train") != "train":
@@ -918,7 +920,7 @@ def _unfit(row: dict) -> str | None:
                 return f"bad span: {column} has {start} to {end} in a text of {len(row['text'])} characters"
     return None
 
-# %% ../../nbs/data/26_augment.ipynb #f7c8cf49
+# %% ../../nbs/data/26_augment.ipynb #54abbf9a
 def _related(rows: Dataset) -> Dataset:
     "The rows with the columns parent, method and group"
     for name in ("parent", "method"):
@@ -937,7 +939,7 @@ def _related(rows: Dataset) -> Dataset:
     filled = [own if group is None else group for own, group in zip(ids, groups, strict=True)]
     return rows.add_column("group", filled, feature=Value("string"))
 
-
+# %% ../../nbs/data/26_augment.ipynb #71219bcf
 def _plan(
     rows: Dataset,
     methods: dict,
@@ -959,7 +961,7 @@ def _plan(
         held,
     )
 
-# %% ../../nbs/data/26_augment.ipynb #e6cac0dc
+# %% ../../nbs/data/26_augment.ipynb #664d6c0d
 def augment(
     rows: Dataset,  # training rows: `id` and `text` (with `spans`), or `id` and `messages`
     methods: Iterable[str] | dict[str, Callable] = (
