@@ -516,11 +516,41 @@ def test_a_loader_checks_the_whole_set_before_the_first_batch():
         (dict(batch_size=8, world=8), "6 rows make no step of 8 rows for 8 processes"),
         (dict(lengths=[1, 2]), "one number for each of the 6 rows"),
         (dict(bucket=2), "have no input_ids, only i"),
+        (dict(persistent_workers=True), "persistent_workers is no option of a loader"),
+        (dict(prefetch_factor=2), "prefetch_factor is for workers, and there are none"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(how, sentence):
     with pytest.raises(InputError, match=sentence):
         Loader(**(dict(rows=numbered(6), batch_size=2) | how))
+
+
+def test_options_of_plans_and_collators_are_checked():
+    with pytest.raises(InputError, match="batch_size = 0 is not allowed"):
+        plan(np.arange(3), np.arange(3), 0)
+    with pytest.raises(InputError, match="multiple = 0 is not allowed"):
+        Pad(multiple=0)
+
+
+def test_lists_may_hold_arrays():
+    rows = [dict(input_ids=np.array([1, 2])), dict(input_ids=np.array([3]))]
+    batch = next(iter(Loader(rows, 2, shuffle=False)))
+    assert batch["input_ids"].tolist() == [[1, 2], [3, 0]]
+
+
+class Drawing:
+    "A collator that draws a random number in the worker"
+
+    def __call__(self, rows):
+        return torch.rand(1).item()
+
+
+def test_workers_draw_other_random_numbers_in_every_epoch_and_the_same_in_every_run():
+    runs = []
+    for _ in range(2):
+        loader = Loader(numbered(4), 2, Drawing(), workers=1)
+        runs.append([list(loader), list(loader)])
+    assert runs[0] == runs[1] and runs[0][0] != runs[0][1]
 
 
 def test_a_transform_is_not_lost_in_silence():

@@ -46,7 +46,15 @@ def padding_share(
     places = sum(len(step) * width for step, width in zip(steps, widths, strict=True))
     return (places - sum(int(lengths[step].sum()) for step in steps)) / places
 
-# %% ../../nbs/data/25_load.ipynb #981cbf56
+# %% ../../nbs/data/25_load.ipynb #f71b6fbd
+def _check_whole(**numbers: int) -> None:
+    "`InputError` unless these are whole numbers, from 0 or from 1"
+    for name, value in numbers.items():
+        low = 0 if name in ("seed", "epoch", "step", "workers", "rank") else 1
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+            raise InputError(f"{name} = {value!r} is not allowed; give a whole number from {low}.")
+
+
 def plan(
     order: np.ndarray,  # `(N,)` row numbers, as they are to be read
     lengths: np.ndarray,  # tokens of each row of the set
@@ -54,7 +62,10 @@ def plan(
     bucket: int = 1,  # steps whose rows are sorted by length together; 1: no sorting
     key: Sequence[int] | None = None,  # for `shuffled`: order of sorted steps; None: as they come
 ) -> list[np.ndarray]:  # row numbers by step; only the last may be short
-    "Cut an order into steps of rows of like length"
+    """Cut an order into steps of rows of like length
+
+    Raises `InputError` for numbers that are not whole or below 1."""
+    _check_whole(batch_size=batch_size, bucket=bucket)
     full = len(order) // batch_size
     steps, rest = order[: full * batch_size].reshape(full, batch_size), order[full * batch_size :]
     if bucket > 1 and full:
@@ -131,7 +142,7 @@ def _scalars(rows: list[dict], name: str) -> Any:
     numbers = all(isinstance(v, int | float | np.number) for v in values)
     return torch.tensor(values) if numbers else values
 
-# %% ../../nbs/data/25_load.ipynb #8a549071
+# %% ../../nbs/data/25_load.ipynb #767ab2d3
 @dataclass(frozen=True)
 class Pad:
     "Collator for rows of tokens: fills up on the right to the longest row of the batch"
@@ -141,6 +152,9 @@ class Pad:
     keep: Annotated[
         tuple[str, ...], "further columns to carry along, such as `row` or `origin`"
     ] = ()
+
+    def __post_init__(self):
+        _check_whole(multiple=self.multiple)
 
     def __call__(
         self,
@@ -491,15 +505,7 @@ def _lengths(rows: Dataset, given: Sequence[int] | None, bucket: int) -> np.ndar
         )
     return given
 
-# %% ../../nbs/data/25_load.ipynb #d32ffbf4
-def _check_whole(**numbers: int) -> None:
-    "`InputError` unless these are whole numbers, from 0 or from 1"
-    for name, value in numbers.items():
-        low = 0 if name in ("seed", "epoch", "step", "workers", "rank") else 1
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-            raise InputError(f"{name} = {value!r} is not allowed; give a whole number from {low}.")
-
-
+# %% ../../nbs/data/25_load.ipynb #76d87524
 def _check_ranks(batch_size: int, rank: int, world: int) -> None:
     "`InputError` unless the steps can be divided among the processes"
     if rank >= world:
@@ -512,7 +518,21 @@ def _check_ranks(batch_size: int, rank: int, world: int) -> None:
             f"give a multiple of {world}."
         )
 
-# %% ../../nbs/data/25_load.ipynb #21496353
+
+_OPTIONS = ("pin_memory", "worker_init_fn", "prefetch_factor", "timeout", "multiprocessing_context")
+
+
+def _check_options(options: dict, workers: int) -> None:
+    "`InputError` for what a `DataLoader` of ours does not take"
+    for name in options:
+        if name not in _OPTIONS:
+            raise InputError(f"{name} is no option of a loader; it takes {', '.join(_OPTIONS)}.")
+        if name in _OPTIONS[2:] and not workers:
+            raise InputError(
+                f"{name} is for workers, and there are none; give workers = 1 or more."
+            )
+
+# %% ../../nbs/data/25_load.ipynb #fd5d04e6
 @dataclass
 class _Batches:
     "Batches by the numbers of their rows"
@@ -531,13 +551,15 @@ def _same(x: Any) -> Any:
     return x
 
 
-def _dataloader(batches: Any, tasks: Any, workers: int, options: dict) -> Any:
+def _dataloader(batches: Any, tasks: Any, own: Any) -> Any:
     "A `torch` `DataLoader` that makes one batch for each task, in order"
     import torch
 
-    own = torch.Generator().manual_seed(0)  # else it would draw from the generator of the training
-    how = dict(batch_size=None, collate_fn=_same, generator=own, num_workers=workers)
-    return torch.utils.data.DataLoader(batches, sampler=tasks, **how | options)
+    # Workers get seeds from here. Without it they would be drawn from the generator of the training.
+    place = np.random.SeedSequence((own.seed, own.epoch, own.step, own.rank))
+    generator = torch.Generator().manual_seed(int(place.generate_state(1, np.uint64)[0]))
+    how = dict(batch_size=None, collate_fn=_same, generator=generator, num_workers=own.workers)
+    return torch.utils.data.DataLoader(batches, sampler=tasks, **how, **own.options)
 
 
 def _given(batch: Any) -> Any:
@@ -581,7 +603,7 @@ class _Resumable:
                 )
         self._go_to(state)
 
-# %% ../../nbs/data/25_load.ipynb #737fcd83
+# %% ../../nbs/data/25_load.ipynb #b863d780
 class Loader(_Resumable):
     """Batches of a set of rows, shuffled by seed and epoch; the order can be resumed at any step
 
@@ -601,12 +623,13 @@ class Loader(_Resumable):
         rank: int = 0,  # number of this process
         world: int = 1,  # number of processes
         workers: int = 0,  # processes that make batches ahead
-        **options: Any,  # of `torch.utils.data.DataLoader`: pin_memory, prefetch_factor, …
+        **options: Any,  # of `torch.utils.data.DataLoader`: pin_memory, worker_init_fn, prefetch_factor, timeout, multiprocessing_context
     ):
         _check_whole(
             batch_size=batch_size, seed=seed, bucket=bucket, rank=rank, world=world, workers=workers
         )
         _check_ranks(batch_size, rank, world)
+        _check_options(options, workers)
         self.mixture = rows if isinstance(rows, Mixture) else None
         if self.mixture and not shuffle:
             raise InputError("A Mixture is always shuffled; leave shuffle as it is.")
@@ -671,13 +694,13 @@ def __len__(self: Loader) -> int:
     "Steps of an epoch"
     return len(self.steps())
 
-# %% ../../nbs/data/25_load.ipynb #9c771106
+# %% ../../nbs/data/25_load.ipynb #e810d229
 @patch
 def __iter__(self: Loader) -> Iterator[Any]:
     epoch, first, steps = self.epoch, self.step, self.steps()
     tasks = [step[self.rank :: self.world] for step in steps[first:]]
     batches = _Batches(_Table(self.rows), self.collate)
-    loader = _dataloader(batches, tasks, self.workers, self.options)
+    loader = _dataloader(batches, tasks, self)
     for step, batch in enumerate(map(_given, loader), first + 1):
         self.epoch, self.step = (epoch, step) if step < len(steps) else (epoch + 1, 0)
         yield batch
@@ -807,7 +830,7 @@ class _Pieces:
         key = (*at, 5, piece) if own.shuffle else None
         self.steps = plan(order, lengths, own.batch_size, own.bucket, key)
 
-# %% ../../nbs/data/25_load.ipynb #b68e8534
+# %% ../../nbs/data/25_load.ipynb #4c6c0706
 class _Flow(_Resumable):
     "The loop and the state of a stream"
 
@@ -815,7 +838,7 @@ class _Flow(_Resumable):
 
     def __iter__(self) -> Iterator[Any]:
         epoch, first, ready = self.epoch, self.step, []
-        loader = _dataloader(_Pieces(self, epoch), count(first), self.workers, self.options)
+        loader = _dataloader(_Pieces(self, epoch), count(first), self)
         for step, (data, batch) in enumerate(loader, first):
             _given(batch)
             if step == first:
@@ -851,7 +874,7 @@ class _Flow(_Resumable):
         self.epoch, self.step = state["epoch"], state["step"]
         self.data, self.head = state["data"], state["head"]
 
-# %% ../../nbs/data/25_load.ipynb #d61ddc2e
+# %% ../../nbs/data/25_load.ipynb #e90e93ea
 class StreamLoader(_Flow):
     """Batches of rows that come one by one, shuffled in pieces; the order can be resumed at any step
 
@@ -872,11 +895,12 @@ class StreamLoader(_Flow):
         rank: int = 0,  # number of this process
         world: int = 1,  # number of processes
         workers: int = 0,  # processes that make batches ahead; each reads the whole stream
-        **options: Any,  # of `torch.utils.data.DataLoader`: pin_memory, prefetch_factor, …
+        **options: Any,  # of `torch.utils.data.DataLoader`: pin_memory, worker_init_fn, prefetch_factor, timeout, multiprocessing_context
     ):
         numbers = dict(batch_size=batch_size, seed=seed, bucket=bucket, rank=rank, world=world)
         _check_whole(**numbers, buffer=buffer, workers=workers)
         _check_ranks(batch_size, rank, world)
+        _check_options(options, workers)
         if buffer < batch_size:
             raise InputError(
                 f"buffer = {buffer} rows is less than a step of {batch_size}; give at least that."
