@@ -620,6 +620,9 @@ def test_rows_are_views_whatever_the_table_was_made_of(tmp_path):
         assert [row["row"] for row in got] == [8, 0, 3]
         assert lengths_of(source).tolist() == [len(x) for x in source["input_ids"]]
         assert fingerprint(source) == fingerprint(rows)
+    turned = rows.select([4, 2, 8, 0])
+    assert [row["id"] for row in _Table(turned).take(np.arange(4))] == ["r4", "r2", "r8", "r0"]
+    assert [len(row["input_ids"]) for row in _Table(turned).take(np.arange(4))] == [5, 3, 9, 1]
 
 
 def test_a_column_that_cannot_be_cut_is_read_all_the_same():
