@@ -265,7 +265,7 @@ def test_quiet_prints_the_folder_alone(base, tmp_path, monkeypatch, capfd):
     out, err = capfd.readouterr()
     path = tmp_path / out.removesuffix("\n")
     assert err == "" and (path / "report.html").exists()
-    assert re.search(r"-full-\d{8}-\d{6}$", path.name)
+    assert re.search(r"-lora-\d{8}-\d{6}$", path.name)
 
 
 def test_several_files_and_patterns(base, tmp_path, monkeypatch, capsys):

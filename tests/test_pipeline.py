@@ -194,8 +194,8 @@ def test_names_stay_inside():
         with pytest.raises(InputError, match="--name"):
             run_name(Settings(), name)
     assert run_name(Settings(), "lauf-1.b") == "lauf-1.b"
-    assert run_name(Settings(base_model="org/My Model")).startswith("My-Model-full-")
-    assert run_name(Settings(base_model="./", method="lora")).split("-lora-")[0] == "model"
+    assert run_name(Settings(base_model="org/My Model")).startswith("My-Model-lora-")
+    assert run_name(Settings(base_model="./", method="full")).split("-full-")[0] == "model"
 
 
 def test_at_least_one_core():
@@ -209,8 +209,8 @@ def test_run_writes_everything(finished):
     result, said, _ = finished
     names = {p.name for p in result.path.iterdir()}
     assert {
-        "model.safetensors",
-        "config.json",
+        "adapter_model.safetensors",
+        "adapter_config.json",
         "tokenizer.json",
         "metrics.json",
         "report.html",
