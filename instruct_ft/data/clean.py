@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INVISIBLE', 'STATES', 'RULES', 'FIXES', 'CHECKS', 'blank', 'each', 'state', 'missing_values', 'drop_empty',
-           'normalise', 'handle_missing', 'fold', 'conversation_key', 'drop_exact_duplicates', 'match_key', 'shingles',
-           'minhash', 'bands', 'near_duplicate_pairs', 'said', 'drop_near_duplicates', 'Part', 'Exchange',
-           'apply_rules', 'rule_counts', 'clean']
+           'normalise', 'handle_missing', 'fold', 'conversation_key', 'drop_exact_duplicates', 'content_hash',
+           'drop_duplicate_ids', 'match_key', 'shingles', 'minhash', 'bands', 'near_duplicate_pairs', 'said',
+           'drop_near_duplicates', 'Part', 'Exchange', 'apply_rules', 'rule_counts', 'clean']
 
 # %% ../../nbs/data/21_clean.ipynb #4a498b9c
 import html
@@ -319,7 +319,49 @@ def drop_exact_duplicates(
         reasons.append(f"exact duplicate: of {witness}" if witness is not place else None)
     return _part(rows, reasons, "drop_exact_duplicates")
 
-# %% ../../nbs/data/21_clean.ipynb #82c48c23
+# %% ../../nbs/data/21_clean.ipynb #8355da7c
+def content_hash(
+    row: dict,  # column -> value
+) -> str:  # 16 hexadecimal digits; id, source and line do not count
+    "An id that depends on nothing but what the row says"
+    rest = {k: v for k, v in row.items() if k not in ("id", "source", "line") and v is not None}
+    text = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=str)
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def drop_duplicate_ids(
+    rows: Dataset,  # rows with a column id of texts; others survive
+) -> StepResult:  # dropped: the id is taken; changes: ids that were null
+    """Keep the first row with an id; give a row without one an id from its content
+
+    Raises `InputError` when there is no column id."""
+    _need(rows, "drop_duplicate_ids", ["id"])
+    first, reasons, ids, log = {}, [], [], []
+    for row in each(rows):
+        own, content = row["id"], content_hash(row)
+        ids.append(content if own is None else own)
+        if own is None:
+            log.append(
+                dict(id=content, field="id", rule="content_hash", before=None, after=content)
+            )
+        taken = ids[-1] in first
+        place, other = first.setdefault(ids[-1], (_place(row | {"id": ids[-1]}), content))
+        kind = (
+            "duplicate id: same content as"
+            if content == other
+            else "id conflict: other content than"
+        )
+        here = (
+            f" (here: {row.get('source')}, line {row['line']})"
+            if row.get("line") is not None
+            else ""
+        )
+        reasons.append(f"{kind} {place}{here}" if taken else None)
+    rows = _with_column(rows, "id", ids) if log else rows
+    result = _part(rows, reasons, "drop_duplicate_ids")
+    return StepResult(result.kept, result.dropped, _log(log), "drop_duplicate_ids")
+
+# %% ../../nbs/data/21_clean.ipynb #035985a1
 _SIGNS = "*/%&#@\\"  # they belong to what is said, unlike the rest of punctuation
 _UNSAID = {
     n: None
@@ -355,7 +397,7 @@ def match_key(
     "The form in which texts are compared for likeness"
     return _key_of(fold(text))
 
-# %% ../../nbs/data/21_clean.ipynb #01b7ec42
+# %% ../../nbs/data/21_clean.ipynb #58f207ff
 _WINDOW = re.compile(f"(?=([{_CJK}].|[^{_CJK}].{{3}}))", re.DOTALL)
 
 
@@ -370,7 +412,7 @@ def shingles(
     pieces.add(key[-2:] if _HAN.match(key[-1:]) else key[-4:])
     return pieces
 
-# %% ../../nbs/data/21_clean.ipynb #c8f0c244
+# %% ../../nbs/data/21_clean.ipynb #de39fd0a
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"(?:(?<=\d) ?[-−–+*/×÷^=<>] ?)?\d+(?:\.\d+)*")
 
@@ -391,7 +433,7 @@ def _conflict(a: tuple, b: tuple) -> bool:
         return True
     return bool(Counter(a) - Counter(b)) and bool(Counter(b) - Counter(a))
 
-# %% ../../nbs/data/21_clean.ipynb #073d3589
+# %% ../../nbs/data/21_clean.ipynb #5b82c450
 def _look(text: str, digit_guard: bool) -> tuple[str, tuple[str, ...]]:
     "What is compared of a text: its key, and its numbers where they are guarded"
     if not isinstance(text, str):
@@ -425,7 +467,7 @@ class _Texts:
         score = both / (len(a) + len(b) - both)
         return score if score >= self.threshold else 0.0
 
-# %% ../../nbs/data/21_clean.ipynb #30c889a7
+# %% ../../nbs/data/21_clean.ipynb #408d5f4b
 class _Counted:
     "Counts the pieces that a text shares with every other, among the first `stop` texts"
 
@@ -453,7 +495,7 @@ class _Counted:
         "Let later texts find this one"
         self.added[j] = True
 
-# %% ../../nbs/data/21_clean.ipynb #106fc94b
+# %% ../../nbs/data/21_clean.ipynb #74f4bb5d
 _RANDOM = np.random.default_rng(126).integers(0, 2**32, (2, 126, 1), dtype=np.uint64)
 _ODD, _FLIP = (_RANDOM[0] | np.uint64(1)).astype(np.uint32), _RANDOM[1].astype(np.uint32)
 _WIDE = np.array(
@@ -481,7 +523,7 @@ def _hashed(keys: list[str]) -> Iterator[np.ndarray]:
     for start, end in zip(ends - lengths, ends, strict=True):
         yield hashes[start:end][fits[start:end]]
 
-# %% ../../nbs/data/21_clean.ipynb #704c27b9
+# %% ../../nbs/data/21_clean.ipynb #1b81126e
 def minhash(
     keys: list[str],  # from `match_key`
 ) -> np.ndarray:  # `(N, 126)` uint32; 2**32 - 1 throughout for a text shorter than a piece
@@ -498,7 +540,7 @@ def minhash(
         start = stop
     return signs
 
-# %% ../../nbs/data/21_clean.ipynb #0502a602
+# %% ../../nbs/data/21_clean.ipynb #4b236292
 def bands(
     threshold: float,  # similarity that is looked for, above 0 and up to 1
 ) -> tuple[int, int]:  # number of bands, numbers in each: at most 126 together
@@ -508,7 +550,7 @@ def bands(
             return 126 // rows, rows
     return 126, 1
 
-# %% ../../nbs/data/21_clean.ipynb #6c45adf5
+# %% ../../nbs/data/21_clean.ipynb #7f10ee53
 _ROOM = 200
 
 
@@ -525,7 +567,7 @@ def _band_values(texts: _Texts) -> tuple[np.ndarray, np.ndarray]:
     whole = (signs == 2**32 - 1).all(1, keepdims=True)  # shorter than a piece
     return value, shared & ~whole
 
-# %% ../../nbs/data/21_clean.ipynb #9307666b
+# %% ../../nbs/data/21_clean.ipynb #58a50831
 class _Bands:
     "An index that finds the earlier texts that agree in one band"
 
@@ -553,7 +595,7 @@ class _Bands:
             if len(bucket) < _ROOM:
                 bucket.append(j)
 
-# %% ../../nbs/data/21_clean.ipynb #f1469788
+# %% ../../nbs/data/21_clean.ipynb #03dcc063
 _EXACT = 2000
 
 
@@ -580,7 +622,7 @@ class _Index:
         if self.many:
             self.many.add(j)
 
-# %% ../../nbs/data/21_clean.ipynb #5a2c1849
+# %% ../../nbs/data/21_clean.ipynb #fb449db5
 def _pairs(texts: _Texts) -> Iterator[tuple[int, int, float]]:
     "All pairs that reach the threshold, as far as the index finds them"
     index = _Index(texts)
@@ -609,7 +651,7 @@ def near_duplicate_pairs(
         found += [(*sorted(ij), score) for ij in product(same[looks[a]], same[looks[b]])]
     return sorted(found)
 
-# %% ../../nbs/data/21_clean.ipynb #1e77b5dc
+# %% ../../nbs/data/21_clean.ipynb #9aa26cea
 def said(
     value: Any,  # a cell: text, number, list, message, None
 ) -> str:  # what it says; "" for None
@@ -636,7 +678,7 @@ def _chosen(rows: Dataset, key: Any, name: str, default: Callable | None = None)
         return lambda row: row[columns[0]]
     return lambda row: [row[c] for c in columns]
 
-# %% ../../nbs/data/21_clean.ipynb #e2498348
+# %% ../../nbs/data/21_clean.ipynb #afbc8d9d
 def _greedy(texts: _Texts, first: int, pairs: list, spared: list[bool]) -> list:
     "For each text from `first` on its witness and their similarity; None where it stays"
     index, found = _Index(texts), []
@@ -650,7 +692,7 @@ def _greedy(texts: _Texts, first: int, pairs: list, spared: list[bool]) -> list:
         found.append(hit)
     return found[first:]
 
-# %% ../../nbs/data/21_clean.ipynb #351f01c3
+# %% ../../nbs/data/21_clean.ipynb #876cdc4a
 def _warn_of_templates(rows: Dataset, gone: list[dict]) -> None:
     "Warn when a source loses more than half of 20 rows or more"
     source = rows["source"] if "source" in rows.column_names else ["the rows"] * len(rows)
@@ -663,7 +705,7 @@ def _warn_of_templates(rows: Dataset, gone: list[dict]) -> None:
                 stacklevel=3,
             )
 
-# %% ../../nbs/data/21_clean.ipynb #5a1b2c52
+# %% ../../nbs/data/21_clean.ipynb #2e94af53
 def drop_near_duplicates(
     rows: Dataset,  # rows with a column id; others survive
     key: str | Sequence[str] | Callable | None = None,  # what is compared; None: messages
@@ -692,7 +734,7 @@ def drop_near_duplicates(
     found = _greedy(_Texts(looks, threshold), len(places) - len(rows), pairs, spared)
     return _near_result(rows, found, places)
 
-# %% ../../nbs/data/21_clean.ipynb #15416725
+# %% ../../nbs/data/21_clean.ipynb #f16438d7
 def _near_result(rows: Dataset, found: list, places: list) -> StepResult:
     "The rows without a witness; the others set aside with theirs"
     gone = []
@@ -707,7 +749,7 @@ def _near_result(rows: Dataset, found: list, places: list) -> StepResult:
     kept = rows.select([i for i, hit in enumerate(found) if not hit])
     return StepResult(kept, to_dataset(gone, kinds), _log([]), "drop_near_duplicates")
 
-# %% ../../nbs/data/21_clean.ipynb #de2dcf8d
+# %% ../../nbs/data/21_clean.ipynb #e8957e94
 class Part(NamedTuple):
     "One text of a row, and what the rules may know about it"
 
@@ -720,7 +762,7 @@ _NO_INPUT = re.compile(
     r"\s*(<\s*(no ?input|无输入)\s*>|no ?input\.?|无输入[。.]?)\s*", re.IGNORECASE
 )
 _LITERAL = re.compile(
-    r"\\n(?=[\"'`]|(?:abla|atural|eg|ew|eq|exists|i|mid|ode|oindent|onumber|ormal|ot|ot\w+|parallel|u|wedge)\b)"
+    r"\\n(?=[\"']|(?:abla|atural|eg|ew|eq|exists|i|mid|ode|oindent|onumber|ormal|ot|ot\w+|parallel|u|wedge)\b)"
 )
 _WRAP = re.compile(
     r"\s*((?:<(?:div|p|span|section|article|body)\b[^<>]*>\s*)+)(.*?)((?:</(?:div|p|span|section|article|body)>\s*)+)",
@@ -733,7 +775,7 @@ _EDGE_TOKENS = re.compile(rf"\A(?:\s*{_TOKEN})+|(?:{_TOKEN}\s*)+\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")
 
-# %% ../../nbs/data/21_clean.ipynb #ff85bd60
+# %% ../../nbs/data/21_clean.ipynb #9f6968a0
 def _encoding(part: Part) -> str:
     from ftfy import fix_encoding
 
@@ -750,7 +792,7 @@ def _html(part: Part) -> str:
 def _newlines(part: Part) -> str:
     if "\\n" not in part.text or "\n" in part.text or _LITERAL.search(part.text):
         return part.text
-    return part.text.replace("\\r\\n", "\n").replace("\\n", "\n")
+    return part.text.replace("\\r\\n", "\n").replace("\\n", "\n").strip("\n")
 
 
 def _no_input(part: Part) -> str:
@@ -773,7 +815,7 @@ FIXES: dict[str, Callable[[Part], str]] = {
     "no_input_marker": _no_input,
 }
 
-# %% ../../nbs/data/21_clean.ipynb #bcdd9690
+# %% ../../nbs/data/21_clean.ipynb #8ea990b1
 class Exchange(NamedTuple):
     "A question and its answer, as the checks see them"
 
@@ -793,7 +835,9 @@ _ATTACHED = re.compile(
     r"\s*(!\[[^\]]*\]\([^)]*\)|[<\[【(（][^<>\[\]【】]{0,30}(attach|image|picture|photo|附件|图片)[^<>\[\]【】]{0,30}[>\]】)）])\s*",
     re.IGNORECASE,
 )
-_URL = re.compile(r"\s*(https?://|www\.)\S+\s*", re.IGNORECASE)
+_URL = re.compile(r"\s*(?:https?://|www\.)[^\s/]+(\S*)\s*", re.IGNORECASE)
+_FILE = re.compile(r"\.(jpe?g|png|gif|webp|svg|pdf|mp[34])\b", re.IGNORECASE)
+_LIST_LINE = re.compile(r"^\s*([-*•]|\d{1,3}[.、)])\s", re.MULTILINE)
 _MERGED = re.compile(
     r"^\W{0,4}(\d{1,3}\s*[.、)]\s*)?(instruction|指令)\s*[:：]", re.IGNORECASE | re.MULTILINE
 )
@@ -816,11 +860,11 @@ _LANGUAGE = re.compile(
 )
 _REPEAT = re.compile(r"\b(repeat|copy|echo|verbatim)\b|重复|复述|照抄|原样", re.IGNORECASE)
 
-# %% ../../nbs/data/21_clean.ipynb #5cfbf23e
+# %% ../../nbs/data/21_clean.ipynb #d20f4c5c
 def _language(x: Exchange) -> str | None:
     "The answer is in Chinese and the question is not, or the other way round"
-    if _LANGUAGE.search(x.question) or "```" in x.answer:
-        return None
+    if _LANGUAGE.search(x.question) or "```" in x.answer or len(_LIST_LINE.findall(x.answer)) > 2:
+        return None  # code and lists of names are in Latin letters anywhere
     asked, said_ = (
         len(_HAN.findall(t)) / (sum(map(str.isalpha, t)) or 1)
         for t in (x.question + x.given, x.answer)
@@ -862,7 +906,7 @@ def _refusal(x: Exchange) -> str | None:
         return shorten(x.answer, 60)
     return None
 
-# %% ../../nbs/data/21_clean.ipynb #5e484d3c
+# %% ../../nbs/data/21_clean.ipynb #080f7ad5
 def _seen(pattern: re.Pattern, part: str, whole: bool = False) -> Callable[[Exchange], str | None]:
     "A check that reports what a pattern finds in one part"
 
@@ -883,6 +927,21 @@ def _picture(x: Exchange) -> str | None:
     return f"asks for a picture, answer {shorten(x.answer, 20)!r}" if nothing else None
 
 
+def _only_url(x: Exchange) -> str | None:
+    "An address is all that is given, and its words do not say what stands there"
+    found = _URL.fullmatch(x.given)
+    if not found or _FILE.search(x.given):
+        return None
+    words = set(re.findall(r"[a-z]{4,}", found[1].lower())) - {
+        "article",
+        "news",
+        "html",
+        "index",
+        "page",
+    }
+    return None if any(word in x.answer.lower() for word in words) else f"{shorten(x.given, 60)!r}"
+
+
 def _placeholder(x: Exchange) -> str | None:
     quoted = "```" in x.answer or "{{" in x.question + x.given
     return None if quoted else _seen(_PLACEHOLDER, "answer")(x)
@@ -893,7 +952,7 @@ CHECKS: dict[str, Callable[[Exchange], str | None]] = {
     "picture_request": _picture,
     "no_answer": _seen(_NOTHING, "answer", whole=True),
     "only_attachment": _seen(_ATTACHED, "given", whole=True),
-    "only_url": _seen(_URL, "given", whole=True),
+    "only_url": _only_url,
     "merged_instruction": _seen(_MERGED, "answer"),
     "refusal": _refusal,
     "echo": _echo,
@@ -904,7 +963,7 @@ CHECKS: dict[str, Callable[[Exchange], str | None]] = {
     "special_token": _seen(re.compile(r"<\|[a-zA-Z_]+\|>"), "answer"),
 }
 
-# %% ../../nbs/data/21_clean.ipynb #d1818198
+# %% ../../nbs/data/21_clean.ipynb #00aea0bc
 _KINDS = {
     "question": "instruction prompt",
     "given": "input context",
@@ -944,7 +1003,7 @@ def _exchanges(row: dict) -> Iterator[Exchange]:
                 head if newline else question, last if newline else "", said(turn.get("content"))
             )
 
-# %% ../../nbs/data/21_clean.ipynb #516b4bdb
+# %% ../../nbs/data/21_clean.ipynb #9d25ca8a
 def _put(row: dict, field: str, text: str) -> dict:
     "A copy of the row with another text in a field"
     if not field.startswith("messages["):
@@ -978,7 +1037,7 @@ def _fault(row: dict, checks: dict[str, Callable[[Exchange], str | None]]) -> st
     found = ((name, check(x)) for x in _exchanges(row) for name, check in checks.items())
     return next((f"{name}: {what}" for name, what in found if what), None)
 
-# %% ../../nbs/data/21_clean.ipynb #bfd03c5f
+# %% ../../nbs/data/21_clean.ipynb #d68c704a
 def apply_rules(
     rows: Dataset,  # rows with id, and instruction/input/output or messages; others survive
     fixes: dict[str, Callable[[Part], str]] | None = None,  # name -> repair; None: `FIXES`
@@ -1016,7 +1075,7 @@ def rule_counts(
     touched |= {(r["reason"].split(": ")[0], r["id"]) for r in each(result.dropped)}
     return dict(Counter(rule for rule, _ in sorted(touched)).most_common())
 
-# %% ../../nbs/data/21_clean.ipynb #55f3e84c
+# %% ../../nbs/data/21_clean.ipynb #d264ddaa
 def clean(
     rows: Dataset,  # conversation rows with columns id, messages; others survive
 ) -> StepResult:  # kept; dropped and changes of all three steps, each row with its step's name
