@@ -176,6 +176,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'instruct_ft.data.clean._encoding': ('data/clean.html#_encoding', 'instruct_ft/data/clean.py'),
                                         'instruct_ft.data.clean._exchanges': ('data/clean.html#_exchanges', 'instruct_ft/data/clean.py'),
                                         'instruct_ft.data.clean._fault': ('data/clean.html#_fault', 'instruct_ft/data/clean.py'),
+                                        'instruct_ft.data.clean._fits': ('data/clean.html#_fits', 'instruct_ft/data/clean.py'),
                                         'instruct_ft.data.clean._fixed': ('data/clean.html#_fixed', 'instruct_ft/data/clean.py'),
                                         'instruct_ft.data.clean._gap': ('data/clean.html#_gap', 'instruct_ft/data/clean.py'),
                                         'instruct_ft.data.clean._greedy': ('data/clean.html#_greedy', 'instruct_ft/data/clean.py'),
