@@ -371,7 +371,7 @@ def drop_duplicate_ids(
     result = _part(rows, reasons, "drop_duplicate_ids")
     return StepResult(result.kept, result.dropped, _log(log), "drop_duplicate_ids")
 
-# %% ../../nbs/data/21_clean.ipynb #a30bc0cb
+# %% ../../nbs/data/21_clean.ipynb #b5f77010
 _SIGNS = "*/%&#@\\"  # they belong to what is said, unlike the rest of punctuation
 _UNSAID = {
     n: None
@@ -395,7 +395,9 @@ def _simplify() -> Callable[[str], str]:
 
 def _key_of(folded: str) -> str:
     "The key of a text that is folded already"
-    key = " ".join(folded.translate(_UNSAID).split())
+    key = folded.translate(_UNSAID)
+    if "  " in key or key != key.strip():
+        key = " ".join(key.split())
     if not key.isascii() and _HAN.search(key):
         with suppress(UnicodeError):  # a lone surrogate, which opencc cannot take
             key = _simplify()(key)
@@ -478,29 +480,32 @@ class _Texts:
         score = both / (len(a) + len(b) - both)
         return score if score >= self.threshold else 0.0
 
-# %% ../../nbs/data/21_clean.ipynb #bdbc7080
+# %% ../../nbs/data/21_clean.ipynb #a1bb66da
 class _Counted:
-    "Counts the pieces that a text shares with every other, among the first `stop` texts"
+    "Counts how many rare pieces a text shares with each of the first `stop` texts"
 
     def __init__(self, texts: _Texts, stop: int):
         number: dict[str, int] = {}
         sets = [texts.pieces(i) if texts.keys[i] else () for i in range(stop)]
         ids = [np.array([number.setdefault(p, len(number)) for p in s], np.int64) for s in sets]
-        self.sizes, self.added = np.array([*map(len, ids)], np.int64), np.zeros(stop, bool)
         flat = np.concatenate([*ids, np.empty(0, np.int64)])
-        self.owner = np.repeat(np.arange(stop), self.sizes)[np.argsort(flat, kind="stable")]
-        ends = np.bincount(flat, minlength=len(number)).cumsum()
-        self.lists = [list(zip(*np.r_[0, ends][[x, x + 1]].tolist(), strict=True)) for x in ids]
-        self.threshold = texts.threshold
+        owner = np.repeat(np.arange(stop), [*map(len, ids)])
+        self.owner = owner[np.argsort(flat, kind="stable")]
+        self.count = np.bincount(flat, minlength=len(number))
+        self.start = self.count.cumsum() - self.count
+        self.ids, self.threshold, self.added = ids, texts.threshold, np.zeros(stop, bool)
 
     def find(self, j: int) -> set[int]:
-        "Texts added before that reach the threshold"
-        if not self.lists[j]:
-            return set()
-        owners = np.concatenate([self.owner[start:end] for start, end in self.lists[j]])
-        shared = np.bincount(owners, minlength=len(self.sizes))
-        score = shared / (self.sizes + self.sizes[j] - shared)
-        return set(np.flatnonzero(self.added & (score >= self.threshold)).tolist())
+        "Texts added before that may reach the threshold"
+        size = len(self.ids[j])
+        missing = size - math.ceil(self.threshold * size - 1e-9)  # at most
+        half = max(size // 2, missing) + 1
+        rare = self.ids[j][np.argsort(self.count[self.ids[j]], kind="stable")[:half]]
+        start, count = self.start[rare], self.count[rare]
+        place = np.repeat(start - count.cumsum() + count, count) + np.arange(count.sum())
+        shared = np.bincount(self.owner[place], minlength=len(self.added))
+        least = max(len(rare) - missing, 1)
+        return set(np.flatnonzero((shared >= least) & self.added).tolist())
 
     def add(self, j: int) -> None:
         "Let later texts find this one"
@@ -562,13 +567,13 @@ def bands(
             return 126 // rows, rows
     return 126, 1
 
-# %% ../../nbs/data/21_clean.ipynb #7f10ee53
+# %% ../../nbs/data/21_clean.ipynb #d0f06005
 _ROOM = 200
 
 
-def _band_values(texts: _Texts) -> tuple[np.ndarray, np.ndarray]:
+def _band_values(signs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     "For each text and band a number, `(N, bands)` uint64; and whether another text has it"
-    signs, (number, width) = minhash(texts.keys), bands(texts.threshold)
+    number, width = bands(threshold)
     value = np.broadcast_to(np.arange(number, dtype=np.uint64), (len(signs), number))
     for n in range(width):
         value = _mix(value + signs[:, n : number * width : width])
@@ -579,16 +584,19 @@ def _band_values(texts: _Texts) -> tuple[np.ndarray, np.ndarray]:
     whole = (signs == 2**32 - 1).all(1, keepdims=True)  # shorter than a piece
     return value, shared & ~whole
 
-# %% ../../nbs/data/21_clean.ipynb #58a50831
+# %% ../../nbs/data/21_clean.ipynb #9dcd1aa1
 class _Bands:
     "An index that finds the earlier texts that agree in one band"
 
     def __init__(self, texts: _Texts):
-        value, shared = _band_values(texts)
+        self.signs = minhash(texts.keys)
+        value, shared = _band_values(self.signs, texts.threshold)
         row, band = np.nonzero(shared)
         self.values = value[row, band].tolist()
         self.at = np.searchsorted(row, np.arange(len(value) + 1)).tolist()
         self.numbers, self.buckets = texts.numbers, {}
+        spread = math.sqrt(texts.threshold * (1 - texts.threshold) / 126)
+        self.least = 126 * (texts.threshold - 4 * spread)
 
     def _names(self, j: int) -> list:
         "The buckets of a text: for each band one, and a second one where that is full"
@@ -597,8 +605,13 @@ class _Bands:
         return names + [(name, self.numbers[j]) for name in full]
 
     def find(self, j: int) -> set[int]:
-        "Texts added before that share a bucket"
-        return set(chain.from_iterable(self.buckets.get(name, ()) for name in self._names(j)))
+        "Texts added before that share a bucket, and whose signatures are not far apart"
+        found = {*chain.from_iterable(self.buckets.get(name, ()) for name in self._names(j))}
+        if not found:
+            return found
+        order = np.array(sorted(found))
+        equal = (self.signs[order] == self.signs[j]).sum(axis=1)
+        return set(order[equal >= self.least].tolist())
 
     def add(self, j: int) -> None:
         "Let later texts find this one"
