@@ -176,6 +176,7 @@ def test_missing_empty_and_blank_are_told_apart(answer, how):
             id="r1",
             source="a.jsonl",
             line=2,
+            offset=None,
             step="drop_empty",
             reason=f"empty answer: messages[1].content is {how}",
             raw=dropped["raw"][0],
