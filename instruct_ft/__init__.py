@@ -18,7 +18,7 @@ _MODULES = {
     "data.split": "Splits contamination folds split",
     "data.convert": "convert detect_format from_instructions from_messages spans_to_tags"
     " tags_to_spans to_instructions to_messages unify",
-    "data.load": "Loader StreamLoader mix",
+    "data.load": "Loader Mixture Pad Stack StreamLoader fingerprint mix padding_share",
     "data.augment": "augment",
     "data.preprocess": "preprocess",
     "tokenization.encode": "TEMPLATES Encoded encode encode_prompt encode_rows resolve_template"

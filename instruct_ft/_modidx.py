@@ -1188,6 +1188,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'instruct_ft.pipeline._finite': ('pipeline.html#_finite', 'instruct_ft/pipeline.py'),
                                       'instruct_ft.pipeline._learn': ('pipeline.html#_learn', 'instruct_ft/pipeline.py'),
                                       'instruct_ft.pipeline._limit': ('pipeline.html#_limit', 'instruct_ft/pipeline.py'),
+                                      'instruct_ft.pipeline._parts': ('pipeline.html#_parts', 'instruct_ft/pipeline.py'),
                                       'instruct_ft.pipeline._prepare': ('pipeline.html#_prepare', 'instruct_ft/pipeline.py'),
                                       'instruct_ft.pipeline._read': ('pipeline.html#_read', 'instruct_ft/pipeline.py'),
                                       'instruct_ft.pipeline._result': ('pipeline.html#_result', 'instruct_ft/pipeline.py'),

@@ -32,7 +32,7 @@ from datasets import Dataset, concatenate_datasets
 from .data.clean import clean
 from .data.collect import StepResult, accounting, aside, collect, set_aside
 from .data.convert import to_messages
-from .data.split import split
+from .data.split import Splits, split
 from .eval.report import figure, say, shown, verdict, write_report
 from .settings import InputError, Settings, load_settings, set_seed
 
@@ -98,6 +98,16 @@ def _limit(
     return [StepResult(rows.select(sorted(chosen)), set_aside(gone), step="limit")]
 
 # %% ../nbs/68_pipeline.ipynb #b6b9f28b
+def _parts(rows: Dataset, seed: int) -> tuple[Splits, list[str]]:
+    "The three parts, and what the reader should know about the split"
+    sizes = split_sizes(len(rows))
+    try:
+        return split(rows, sizes, seed), []
+    except InputError:  # rows of one template are near-duplicates of each other
+        note = "near-duplicate rows stand on both sides of the split: kept together they would leave a part empty"
+        return split(rows, sizes, seed, near=None), [note]
+
+
 def file_rows(
     data: Any,  # files, patterns, or rows as dicts
     settings: Settings,  # its seed is used
@@ -124,8 +134,8 @@ def file_rows(
             f"only {len(rows)} of {collected.rows_in} rows can be used, and a run needs at least 3"
             + (f" (set aside: {reasons})" if reasons else "") + "; mend or add rows."
         )  # fmt: skip
-    parts = split(rows, split_sizes(len(rows)), settings.seed)
-    return Rows(*parts, results, [str(w.message) for w in caught])
+    parts, notes = _parts(rows, settings.seed)
+    return Rows(*parts, results, [str(w.message) for w in caught] + notes)
 
 # %% ../nbs/68_pipeline.ipynb #14d3883b
 PARTS = ("train", "validation", "test")

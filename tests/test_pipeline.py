@@ -411,3 +411,19 @@ def test_random_order_of_lines_changes_no_split(tmp_path):
         found = file_rows(write_jsonl(tmp_path / f"{name}.jsonl", lines), Settings(), echo=silent)
         sets.append({m[0]["content"] for m in found.test["messages"]})
     assert sets[0] == sets[1]
+
+
+LONG = (
+    "Please say the following word to the whole class, loud and clear, so that those who sit in "
+    "the last row can hear it as well, and then write it on the board in capital letters."
+)
+
+
+def test_rows_of_one_template_are_split_all_the_same():
+    rows = [
+        dict(instruction=f"{LONG} The word is {w}.", output=w)
+        for w in ("ox", "ax", "ex", "ix", "ux")
+    ]
+    parts = file_rows(rows, Settings(), echo=lambda text: None)
+    assert all(map(len, (parts.train, parts.validation, parts.test)))
+    assert any("near-duplicate rows stand on both sides" in n for n in parts.notes)
