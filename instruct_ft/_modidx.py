@@ -285,6 +285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'instruct_ft.data.clean._gap': ('data/clean.html#_gap', 'instruct_ft/data/clean.py'),
                                         'instruct_ft.data.clean._greedy': ('data/clean.html#_greedy', 'instruct_ft/data/clean.py'),
                                         'instruct_ft.data.clean._hanging': ('data/clean.html#_hanging', 'instruct_ft/data/clean.py'),
+                                        'instruct_ft.data.clean._hash': ('data/clean.html#_hash', 'instruct_ft/data/clean.py'),
                                         'instruct_ft.data.clean._hashed': ('data/clean.html#_hashed', 'instruct_ft/data/clean.py'),
                                         'instruct_ft.data.clean._html': ('data/clean.html#_html', 'instruct_ft/data/clean.py'),
                                         'instruct_ft.data.clean._key_of': ('data/clean.html#_key_of', 'instruct_ft/data/clean.py'),

@@ -274,7 +274,7 @@ def handle_missing(
     result = _part(rows, reasons, "handle_missing")
     return StepResult(result.kept, result.dropped, _log(log), "handle_missing")
 
-# %% ../../nbs/data/21_clean.ipynb #382104bd
+# %% ../../nbs/data/21_clean.ipynb #9529b468
 _CJK = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _BESIDE_CJK = re.compile(f"(?<=[{_CJK}]) | (?=[{_CJK}])")
 
@@ -288,7 +288,8 @@ def fold(
     if text.isascii():  # NFKC has nothing to do there
         return " ".join(text.casefold().split())
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return _BESIDE_CJK.sub("", " ".join(text.split()))
+    text = " ".join(text.split())
+    return _BESIDE_CJK.sub("", text) if " " in text else text
 
 # %% ../../nbs/data/21_clean.ipynb #8b2ed34c
 def conversation_key(
@@ -480,40 +481,8 @@ class _Texts:
         score = both / (len(a) + len(b) - both)
         return score if score >= self.threshold else 0.0
 
-# %% ../../nbs/data/21_clean.ipynb #a1bb66da
-class _Counted:
-    "Counts how many rare pieces a text shares with each of the first `stop` texts"
-
-    def __init__(self, texts: _Texts, stop: int):
-        number: dict[str, int] = {}
-        sets = [texts.pieces(i) if texts.keys[i] else () for i in range(stop)]
-        ids = [np.array([number.setdefault(p, len(number)) for p in s], np.int64) for s in sets]
-        flat = np.concatenate([*ids, np.empty(0, np.int64)])
-        owner = np.repeat(np.arange(stop), [*map(len, ids)])
-        self.owner = owner[np.argsort(flat, kind="stable")]
-        self.count = np.bincount(flat, minlength=len(number))
-        self.start = self.count.cumsum() - self.count
-        self.ids, self.threshold, self.added = ids, texts.threshold, np.zeros(stop, bool)
-
-    def find(self, j: int) -> set[int]:
-        "Texts added before that may reach the threshold"
-        size = len(self.ids[j])
-        missing = size - math.ceil(self.threshold * size - 1e-9)  # at most
-        half = max(size // 2, missing) + 1
-        rare = self.ids[j][np.argsort(self.count[self.ids[j]], kind="stable")[:half]]
-        start, count = self.start[rare], self.count[rare]
-        place = np.repeat(start - count.cumsum() + count, count) + np.arange(count.sum())
-        shared = np.bincount(self.owner[place], minlength=len(self.added))
-        least = max(len(rare) - missing, 1)
-        return set(np.flatnonzero((shared >= least) & self.added).tolist())
-
-    def add(self, j: int) -> None:
-        "Let later texts find this one"
-        self.added[j] = True
-
-# %% ../../nbs/data/21_clean.ipynb #3e54f238
-_RANDOM = np.random.default_rng(126).integers(0, 2**32, (2, 126), dtype=np.uint64)
-_ODD, _FLIP = (_RANDOM[0] | np.uint64(1)).astype(np.uint32), _RANDOM[1].astype(np.uint32)
+# %% ../../nbs/data/21_clean.ipynb #d702f5c3
+_ODD = np.random.default_rng(126).integers(0, 2**32, 126, dtype=np.uint32) | np.uint32(1)
 _WIDE = np.array(
     [[0x3005, 0x3008], [0x3040, 0x3100], [0x3400, 0xA000], [0xF900, 0xFB00], [0x20000, 0x40000]]
 )
@@ -526,38 +495,56 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _hashed(keys: list[str]) -> Iterator[np.ndarray]:
-    "For each text the hashes of its windows, uint32"
+def _hash(keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    "The pieces of texts as uint64 hashes, in order of the texts, and which text each is of"
     code = np.frombuffer("".join(keys).encode("utf-32-le", "surrogatepass"), np.uint32)
-    lengths = np.array([len(key) for key in keys])
+    lengths = np.array([*map(len, keys)], np.int64)
     ends = lengths.cumsum()
     wide = np.searchsorted(_WIDE.ravel(), code, "right") % 2 == 1
-    fits = np.arange(len(code)) + np.where(wide, 2, 4) <= ends.repeat(lengths)
+    size, owner = np.where(wide, 2, 4), np.arange(len(keys)).repeat(lengths)
     c, step = np.pad(code.astype(np.uint64), (0, 3)), np.uint64(0x9E3779B97F4A7C15)
     two = c[:-3] * step + c[1:-2]
-    hashes = _mix(np.where(wide, two, (two * step + c[2:-1]) * step + c[3:])).astype(np.uint32)
-    for start, end in zip(ends - lengths, ends, strict=True):
-        yield hashes[start:end][fits[start:end]]
+    four = (two * step + c[2:-1]) * step + c[3:]
+    fits = np.arange(len(code)) + size <= ends[owner]
+    hashes, owner = np.where(wide, two, four)[fits], owner[fits]
+    last = size[ends - 1] if len(code) else lengths  # the last piece, where it is not a window
+    text = np.flatnonzero((lengths >= last) & (lengths > 0))
+    place = ends[text] - last[text]
+    text, place = text[size[place] != last[text]], place[size[place] != last[text]]
+    if len(text):
+        at = np.searchsorted(owner, text, "right")
+        hashes = np.insert(hashes, at, np.where(last[text] == 2, two[place], four[place]))
+        owner = np.insert(owner, at, text)
+    return _mix(hashes), owner
 
-# %% ../../nbs/data/21_clean.ipynb #772c7a29
+
+def _hashed(keys: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    "The same for many texts, about 30,000 characters at once: what the cache holds"
+    start = 0
+    while start < len(keys):
+        size, stop = 0, start
+        while stop < len(keys) and size < 30_000:
+            size, stop = size + len(keys[stop]), stop + 1
+        hashes, owner = _hash(keys[start:stop])
+        yield hashes, owner + start
+        start = stop
+
+# %% ../../nbs/data/21_clean.ipynb #4db2ec79
 def minhash(
     keys: list[str],  # from `match_key`
 ) -> np.ndarray:  # `(N, 126)` uint32; 2**32 - 1 throughout for a text shorter than a piece
     "For each text the smallest value that each of 126 hash functions takes on its pieces"
-    signs, start = np.full((len(keys), 126), 2**32 - 1, np.uint32), 0
-    while start < len(keys):
-        size, stop = 0, start
-        while stop < len(keys) and size < 200_000:  # characters: what fits into the cache
-            size, stop = size + len(keys[stop]), stop + 1
-        for i, x in enumerate(_hashed(keys[start:stop]), start):
-            for at in range(0, len(x), 512):
-                values = x[at : at + 512, None] ^ _FLIP
-                values *= _ODD
-                np.minimum(signs[i], values.min(axis=0), out=signs[i])
-        start = stop
+    signs = np.full((len(keys), 126), 2**32 - 1, np.uint32)
+    for hashes, owner in _hashed(keys):
+        hashes = hashes.astype(np.uint32)
+        for at in range(0, len(hashes), 512):
+            values, of = hashes[at : at + 512, None] * _ODD, owner[at : at + 512]
+            first = np.flatnonzero(np.r_[True, of[1:] != of[:-1]])
+            least = np.minimum.reduceat(values, first, axis=0)
+            signs[of[first]] = np.minimum(signs[of[first]], least)
     return signs
 
-# %% ../../nbs/data/21_clean.ipynb #4b236292
+# %% ../../nbs/data/21_clean.ipynb #f4af15cf
 def bands(
     threshold: float,  # similarity that is looked for, above 0 and up to 1
 ) -> tuple[int, int]:  # number of bands, numbers in each: at most 126 together
@@ -567,7 +554,7 @@ def bands(
             return 126 // rows, rows
     return 126, 1
 
-# %% ../../nbs/data/21_clean.ipynb #d0f06005
+# %% ../../nbs/data/21_clean.ipynb #8cb97b14
 _ROOM = 200
 
 
@@ -584,7 +571,7 @@ def _band_values(signs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.nd
     whole = (signs == 2**32 - 1).all(1, keepdims=True)  # shorter than a piece
     return value, shared & ~whole
 
-# %% ../../nbs/data/21_clean.ipynb #9dcd1aa1
+# %% ../../nbs/data/21_clean.ipynb #ec267478
 class _Bands:
     "An index that finds the earlier texts that agree in one band"
 
@@ -620,7 +607,45 @@ class _Bands:
             if len(bucket) < _ROOM:
                 bucket.append(j)
 
-# %% ../../nbs/data/21_clean.ipynb #03dcc063
+# %% ../../nbs/data/21_clean.ipynb #0c41da77
+class _Counted:
+    "Counts how many rare pieces a text shares with each of the first `stop` texts"
+
+    def __init__(self, texts: _Texts, stop: int):
+        none = np.empty(0, np.uint64), np.empty(0, np.int64)
+        parts = zip(none, *_hashed(texts.keys[:stop]), strict=True)
+        hashes, owner = map(np.concatenate, parts)
+        bits = min(max((2 * len(hashes)).bit_length(), 10), 20)
+        one = np.sort(owner << bits | (hashes >> np.uint64(64 - bits)).astype(np.int64))
+        one = one[np.diff(one, prepend=-1) != 0]  # np.unique, which is slow for integers
+        self.ids, of = one & ((1 << bits) - 1), one >> bits
+        self.owner = np.sort(self.ids << 40 | of) & ((1 << 40) - 1)  # by id
+        self.count = np.bincount(self.ids, minlength=1 << bits)
+        self.start = self.count.cumsum() - self.count
+        self.at = np.searchsorted(of, np.arange(stop + 1)).tolist()
+        self.sizes = np.bincount(owner, minlength=stop).tolist()  # at least the pieces
+        self.threshold, self.added = texts.threshold, np.zeros(stop, bool)
+
+    def find(self, j: int) -> set[int]:
+        "Texts added before that may reach the threshold"
+        ids = self.ids[self.at[j] : self.at[j + 1]]
+        missing = self.sizes[j] - math.ceil(self.threshold * self.sizes[j] - 1e-9)  # at most
+        more = min(len(ids) // 8, len(ids) - missing - 1)
+        if not len(ids):  # shorter than a piece: only the same text is alike
+            return set()
+        if more < 0:  # few pieces, said often
+            return set(np.flatnonzero(self.added).tolist())
+        rare = ids[np.argpartition(self.count[ids], missing + more)[: missing + more + 1]]
+        start, count = self.start[rare], self.count[rare]
+        place = np.repeat(start - count.cumsum() + count, count) + np.arange(count.sum())
+        shared = np.bincount(self.owner[place], minlength=len(self.added))
+        return set(np.flatnonzero((shared > more) & self.added).tolist())
+
+    def add(self, j: int) -> None:
+        "Let later texts find this one"
+        self.added[j] = True
+
+# %% ../../nbs/data/21_clean.ipynb #d62dde8f
 _EXACT = 2000
 
 
@@ -647,7 +672,7 @@ class _Index:
         if self.many:
             self.many.add(j)
 
-# %% ../../nbs/data/21_clean.ipynb #fb449db5
+# %% ../../nbs/data/21_clean.ipynb #ce0a546a
 def _pairs(texts: _Texts) -> Iterator[tuple[int, int, float]]:
     "All pairs that reach the threshold, as far as the index finds them"
     index = _Index(texts)
@@ -676,7 +701,7 @@ def near_duplicate_pairs(
         found += [(*sorted(ij), score) for ij in product(same[looks[a]], same[looks[b]])]
     return sorted(found)
 
-# %% ../../nbs/data/21_clean.ipynb #9aa26cea
+# %% ../../nbs/data/21_clean.ipynb #e93411bd
 def said(
     value: Any,  # a cell: text, number, list, message, None
 ) -> str:  # what it says; "" for None
@@ -703,7 +728,7 @@ def _chosen(rows: Dataset, key: Any, name: str, default: Callable | None = None)
         return lambda row: row[columns[0]]
     return lambda row: [row[c] for c in columns]
 
-# %% ../../nbs/data/21_clean.ipynb #afbc8d9d
+# %% ../../nbs/data/21_clean.ipynb #aed01d1b
 def _greedy(texts: _Texts, first: int, pairs: list, spared: list[bool]) -> list:
     "For each text from `first` on its witness and their similarity; None where it stays"
     index, found = _Index(texts), []
@@ -717,7 +742,7 @@ def _greedy(texts: _Texts, first: int, pairs: list, spared: list[bool]) -> list:
         found.append(hit)
     return found[first:]
 
-# %% ../../nbs/data/21_clean.ipynb #876cdc4a
+# %% ../../nbs/data/21_clean.ipynb #bd9f66c3
 def _warn_of_templates(rows: Dataset, gone: list[dict]) -> None:
     "Warn when a source loses more than half of 20 rows or more"
     source = rows["source"] if "source" in rows.column_names else ["the rows"] * len(rows)
@@ -730,7 +755,7 @@ def _warn_of_templates(rows: Dataset, gone: list[dict]) -> None:
                 stacklevel=3,
             )
 
-# %% ../../nbs/data/21_clean.ipynb #2e94af53
+# %% ../../nbs/data/21_clean.ipynb #eb44b5ce
 def drop_near_duplicates(
     rows: Dataset,  # rows with a column id; others survive
     key: str | Sequence[str] | Callable | None = None,  # what is compared; None: messages
@@ -759,22 +784,21 @@ def drop_near_duplicates(
     found = _greedy(_Texts(looks, threshold), len(places) - len(rows), pairs, spared)
     return _near_result(rows, found, places)
 
-# %% ../../nbs/data/21_clean.ipynb #f16438d7
+# %% ../../nbs/data/21_clean.ipynb #34b82eac
 def _near_result(rows: Dataset, found: list, places: list) -> StepResult:
     "The rows without a witness; the others set aside with theirs"
-    gone = []
-    for row, hit in zip(each(rows), found, strict=True):
-        if hit:
-            (witness, place), score = places[hit[0]], hit[1]
-            reason = f"near-duplicate: of {place}, similarity {score:.2f}"
-            row = aside(row | {"id": str(row["id"])}, "drop_near_duplicates", reason)
-            gone.append(row | {"witness": witness, "similarity": score})
+    gone, hits = [], [i for i, hit in enumerate(found) if hit]
+    for i, row in zip(hits, each(rows.select(hits)), strict=True):
+        (witness, place), score = places[found[i][0]], found[i][1]
+        reason = f"near-duplicate: of {place}, similarity {score:.2f}"
+        row = aside(row | {"id": str(row["id"])}, "drop_near_duplicates", reason)
+        gone.append(row | {"witness": witness, "similarity": score})
     _warn_of_templates(rows, gone)
     kinds = DROPPED | {"witness": Value("string"), "similarity": Value("float64")}
     kept = rows.select([i for i, hit in enumerate(found) if not hit])
     return StepResult(kept, to_dataset(gone, kinds), _log([]), "drop_near_duplicates")
 
-# %% ../../nbs/data/21_clean.ipynb #e8957e94
+# %% ../../nbs/data/21_clean.ipynb #22c2568c
 class Part(NamedTuple):
     "One text of a row, and what the rules may know about it"
 
@@ -800,7 +824,7 @@ _EDGE_TOKENS = re.compile(rf"\A(?:\s*{_TOKEN})+|(?:{_TOKEN}\s*)+\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")
 
-# %% ../../nbs/data/21_clean.ipynb #9f6968a0
+# %% ../../nbs/data/21_clean.ipynb #931c62cc
 def _encoding(part: Part) -> str:
     from ftfy import fix_encoding
 
@@ -840,7 +864,7 @@ FIXES: dict[str, Callable[[Part], str]] = {
     "no_input_marker": _no_input,
 }
 
-# %% ../../nbs/data/21_clean.ipynb #8ea990b1
+# %% ../../nbs/data/21_clean.ipynb #e99f3607
 class Exchange(NamedTuple):
     "A question and its answer, as the checks see them"
 
@@ -885,7 +909,7 @@ _LANGUAGE = re.compile(
 )
 _REPEAT = re.compile(r"\b(repeat|copy|echo|verbatim)\b|重复|复述|照抄|原样", re.IGNORECASE)
 
-# %% ../../nbs/data/21_clean.ipynb #d20f4c5c
+# %% ../../nbs/data/21_clean.ipynb #fad9210e
 def _language(x: Exchange) -> str | None:
     "The answer is in Chinese and the question is not, or the other way round"
     if _LANGUAGE.search(x.question) or "```" in x.answer or len(_LIST_LINE.findall(x.answer)) > 2:
@@ -931,7 +955,7 @@ def _refusal(x: Exchange) -> str | None:
         return shorten(x.answer, 60)
     return None
 
-# %% ../../nbs/data/21_clean.ipynb #080f7ad5
+# %% ../../nbs/data/21_clean.ipynb #c6de3af0
 def _seen(pattern: re.Pattern, part: str, whole: bool = False) -> Callable[[Exchange], str | None]:
     "A check that reports what a pattern finds in one part"
 
@@ -988,7 +1012,7 @@ CHECKS: dict[str, Callable[[Exchange], str | None]] = {
     "special_token": _seen(re.compile(r"<\|[a-zA-Z_]+\|>"), "answer"),
 }
 
-# %% ../../nbs/data/21_clean.ipynb #00aea0bc
+# %% ../../nbs/data/21_clean.ipynb #aa8b6740
 _KINDS = {
     "question": "instruction prompt",
     "given": "input context",
@@ -1028,7 +1052,7 @@ def _exchanges(row: dict) -> Iterator[Exchange]:
                 head if newline else question, last if newline else "", said(turn.get("content"))
             )
 
-# %% ../../nbs/data/21_clean.ipynb #9d25ca8a
+# %% ../../nbs/data/21_clean.ipynb #77bac739
 def _put(row: dict, field: str, text: str) -> dict:
     "A copy of the row with another text in a field"
     if not field.startswith("messages["):
@@ -1062,7 +1086,7 @@ def _fault(row: dict, checks: dict[str, Callable[[Exchange], str | None]]) -> st
     found = ((name, check(x)) for x in _exchanges(row) for name, check in checks.items())
     return next((f"{name}: {what}" for name, what in found if what), None)
 
-# %% ../../nbs/data/21_clean.ipynb #d68c704a
+# %% ../../nbs/data/21_clean.ipynb #e89824e0
 def apply_rules(
     rows: Dataset,  # rows with id, and instruction/input/output or messages; others survive
     fixes: dict[str, Callable[[Part], str]] | None = None,  # name -> repair; None: `FIXES`
@@ -1100,7 +1124,7 @@ def rule_counts(
     touched |= {(r["reason"].split(": ")[0], r["id"]) for r in each(result.dropped)}
     return dict(Counter(rule for rule, _ in sorted(touched)).most_common())
 
-# %% ../../nbs/data/21_clean.ipynb #d264ddaa
+# %% ../../nbs/data/21_clean.ipynb #6fbff732
 def clean(
     rows: Dataset,  # conversation rows with columns id, messages; others survive
 ) -> StepResult:  # kept; dropped and changes of all three steps, each row with its step's name
