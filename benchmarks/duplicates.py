@@ -124,7 +124,9 @@ def growth(shape: str, sizes: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=10_000, help="rows beside datasketch; 0: only the growth")
+    parser.add_argument(
+        "--rows", type=int, default=10_000, help="rows beside datasketch; 0: only the growth"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument(
         "--growth", type=int, nargs="*", default=[1000, 5000, 20_000, 50_000, 200_000]
