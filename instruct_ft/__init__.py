@@ -11,8 +11,8 @@ _MODULES = {
     "atlas.facts": "atlas_path",
     "atlas.instructions": "instructions",
     "data.collect": "StepResult accounting collect steps write_rows",
-    "data.clean": "apply_rules clean drop_empty drop_exact_duplicates drop_near_duplicates"
-    " handle_missing near_duplicate_pairs normalise",
+    "data.clean": "apply_rules clean drop_duplicate_ids drop_empty drop_exact_duplicates"
+    " drop_near_duplicates handle_missing missing_values near_duplicate_pairs normalise rule_counts",
     "data.label": "cast_votes class_widget cohen_kappa fleiss_kappa krippendorff_alpha label_errors"
     " out_of_fold prelabel span_widget weighted_vote",
     "data.split": "Splits contamination folds split",
