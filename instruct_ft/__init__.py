@@ -19,8 +19,8 @@ _MODULES = {
     "data.convert": "convert detect_format from_instructions from_messages spans_to_tags"
     " tags_to_spans to_instructions to_messages unify",
     "data.load": "Loader Mixture Pad Stack StreamLoader fingerprint mix padding_share",
-    "data.augment": "augment",
-    "data.preprocess": "preprocess",
+    "data.augment": "Augmented Counterfactual EntitySwap Synonym augment",
+    "data.preprocess": "Aligned language normal preprocess sentences terms words",
     "tokenization.encode": "TEMPLATES Encoded encode encode_prompt encode_rows resolve_template"
     " show_tokens stop_ids",
     "model.load": "load_model model_card pick_device",
