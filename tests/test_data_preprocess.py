@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from instruct_ft.data.preprocess import (
     NORMAL,
     STOP_WORDS,
@@ -19,7 +20,6 @@ from instruct_ft.data.preprocess import (
     terms,
     words,
 )
-
 from instruct_ft.settings import InputError
 
 MANY = settings(max_examples=60, deadline=None, derandomize=True)
