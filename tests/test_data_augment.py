@@ -79,6 +79,14 @@ def test_an_edit_that_is_the_span_moves_it_to_the_new_surface():
     assert [new[a:b] for a, b in places] == ["New York", "Oslo"]
 
 
+def test_an_insertion_at_the_border_stays_outside_of_both_spans():
+    new, places = rewrite(
+        "abc", [Edit(1, 1, "xx"), Edit(0, 0, "y"), Edit(3, 3, "z")], [(0, 1), (1, 3)]
+    )
+    assert new == "yaxxbcz"
+    assert [new[a:b] for a, b in places] == ["a", "bc"]
+
+
 def test_edits_that_overlap_are_refused():
     with pytest.raises(ValueError, match="overlaps"):
         rewrite("abcdef", [Edit(0, 3, ""), Edit(2, 4, "")])
@@ -97,6 +105,7 @@ def test_edits_that_overlap_are_refused():
         ("`a b` ```x\ny``` $a+b$ f(x, y) x_y C:\\dir a/b.txt https://x.org/a?b=c me@x.org", None),
         ("「引」『用』《书》“名”", ["「引」", "『用』", "《书》", "“名”"]),
         ("我没有去，别说了", ["没", "别"]),
+        ("Explain\nfor x in y:\n  print(x);\n  return z\n求a = b * c吗", None),
     ],
 )
 def test_numbers_code_placeholders_quotes_and_negations_are_found(text, found):
@@ -121,7 +130,17 @@ def test_places_are_ordered_disjoint_and_hold_every_digit(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["a" * 200_000, "$" * 100_000, "一" * 100_000, "a_" * 50_000, "“" * 50_000, "n't" * 30_000],
+    [
+        "a" * 200_000,
+        "$" * 100_000,
+        "一" * 100_000,
+        "a_" * 50_000,
+        "“" * 50_000,
+        "n't" * 30_000,
+        "x= " * 40_000,
+        ";a" * 60_000,
+        "if " * 50_000,
+    ],
 )
 def test_long_texts_take_linear_time(text):
     assert protected(text + " 7")[-1][1] == len(text) + 2
