@@ -10,14 +10,15 @@ _MODULES = {
     "claims": "Claim ClaimError claim claims_table read_claims",
     "atlas.facts": "atlas_path",
     "atlas.instructions": "instructions",
+    "atlas.tokenizers": "family_tokenizer new_tokenizer",
     "data.collect": "StepResult accounting collect steps write_rows",
     "data.clean": "apply_rules clean drop_duplicate_ids drop_empty drop_exact_duplicates"
     " drop_near_duplicates handle_missing missing_values near_duplicate_pairs normalise rule_counts",
     "data.label": "cast_votes class_widget cohen_kappa fleiss_kappa krippendorff_alpha label_errors"
-    " out_of_fold prelabel span_widget weighted_vote",
+    " out_of_fold prelabel span_widget spans_to_tags tags_to_spans weighted_vote",
     "data.split": "Splits contamination folds split",
-    "data.convert": "convert detect_format from_instructions from_messages spans_to_tags"
-    " tags_to_spans to_instructions to_messages unify",
+    "data.convert": "convert detect_format from_instructions from_messages to_instructions"
+    " to_messages unify",
     "data.load": "Loader Mixture Pad Stack StreamLoader fingerprint mix padding_share",
     "data.augment": "Augmented Counterfactual EntitySwap Synonym augment",
     "data.preprocess": "Aligned language normal preprocess sentences terms words",

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'Rows', 'atlas_rows', 'split_sizes', 'file_rows', 'encode_parts', 'count_tokens', 'question_and_answer',
            'pick', 'row_losses', 'mean_interval', 'run_name', 'run_folder', 'command', 'versions', 'RunResult',
-           'measure', 'atlas_figures', 'file_figures', 'caveats', 'conclude', 'slices', 'write', 'usable_cores', 'run',
-           'recent', 'open_run']
+           'measure', 'atlas_figures', 'file_figures', 'caveats', 'conclude', 'slices', 'write', 'usable_cores',
+           'threads_for', 'run', 'recent', 'open_run']
 
 # %% ../nbs/68_pipeline.ipynb #e8971cbc
 import json
@@ -641,12 +641,21 @@ def usable_cores() -> int:  # at least 1
     return max(cores, 1)
 
 
-def _use_cores() -> None:
-    "As many threads as there are cores to use, unless the user has said otherwise"
+def threads_for(
+    parameters: int,  # of the model
+    cores: int,  # that may be used
+) -> int:  # at least 1
+    "Threads worth their waiting: a small model's matrices are done before a second thread has woken"
+    return 1 if parameters < 20_000_000 else cores
+
+
+def _set_threads(model: Any) -> None:
+    "Choose the number of threads, unless the user has (`OMP_NUM_THREADS`)"
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
+        cores = min(usable_cores(), torch.get_num_threads())
+        torch.set_num_threads(threads_for(model.num_parameters(), cores))
 
 # %% ../nbs/68_pipeline.ipynb #8544a4f0
 def _describe(card: dict) -> str:
@@ -665,11 +674,11 @@ def _prepare(work: _Work) -> None:
     with work.stage("load", f"Base: {shown(work.settings.base_model)}"):
         from instruct_ft.model.load import load_model, model_card
 
-        _use_cores()
         set_seed(work.settings.seed)
         work.model, work.tokenizer = load_model(
             work.settings.base_model, device=work.settings.device
         )
+        _set_threads(work.model)
     card, reads = (
         model_card(work.model),
         getattr(work.model.config, "max_position_embeddings", None),
@@ -820,9 +829,9 @@ def open_run(
     from instruct_ft.model.load import load_model, model_card
     from instruct_ft.tokenization.encode import encode_prompt
 
-    _use_cores()
     template = _template_of(name)
     model, tokenizer = load_model(name, device=device)
+    _set_threads(model)
     room, options = getattr(model.config, "max_position_embeddings", None), {}
     if temperature:
         options = dict(do_sample=True, temperature=temperature)

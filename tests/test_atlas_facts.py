@@ -1,9 +1,7 @@
 """The tables of facts: whole, consistent, and split by entity"""
 
-import subprocess
-import sys
-
 import pytest
+from processes import printed
 
 from instruct_ft.atlas.facts import DOMAINS, GENERAL, KEYS, allowed, entity_split, table
 from instruct_ft.settings import InputError
@@ -83,16 +81,7 @@ def test_the_split_does_not_depend_on_the_hash_seed():
         "from instruct_ft.atlas.facts import allowed;"
         "print([r['name_en'] for r in allowed('countries', frozenset({'heldout'}))][:20])"
     )
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed, "PATH": "/usr/bin:/bin"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
+    runs = [printed(code, seed) for seed in (1, 2)]
     assert runs[0] == runs[1] and "[" in runs[0]
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_run import make_base, rows, write_jsonl
+from toy_run import rows, write_jsonl
 
 from instruct_ft import cli
 from instruct_ft.settings import InputError, Settings
@@ -51,11 +51,6 @@ def here(capsys, argv, *words):
     "The same in this process, which is faster"
     code = cli.main(list(map(str, argv)))
     return refused(subprocess.CompletedProcess(argv, code, *capsys.readouterr()), *words)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

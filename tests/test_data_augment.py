@@ -1,15 +1,13 @@
 import itertools
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import printed
 
 from instruct_ft.data.augment import (
     AUGMENTERS,
@@ -31,6 +29,7 @@ from instruct_ft.data.augment import (
     rewrite,
     synonym_table,
 )
+from instruct_ft.data.clean import drop_duplicate_ids
 from instruct_ft.data.collect import accounting, steps
 from instruct_ft.data.split import split
 from instruct_ft.settings import InputError
@@ -168,19 +167,7 @@ def test_g25_augmentation_is_seeded_and_reproducible_per_row_whatever_the_order(
         "rows = Dataset.from_list(json.load(sys.stdin));"
         "print(json.dumps({r['id']: r['text'] for r in augment(rows, list(AUGMENTERS), n=2).children}))"
     )
-    env = os.environ | {
-        "PYTHONHASHSEED": "7",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    out = subprocess.run(
-        [sys.executable, "-c", program],
-        input=json.dumps(rows.to_list()),
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert json.loads(out) == one
+    assert json.loads(printed(program, 7, json.dumps(rows.to_list()))) == one
 
 
 @FEW
@@ -277,7 +264,12 @@ def test_kept_less_the_children_and_set_aside_add_up_and_steps_agree():
     assert [r.rows_in for r in results] == [3, len(results[0].kept)]
     assert list(results[0].kept["id"])[:2] == ["r0", "r2"]
     assert list(results[0].dropped["reason"]) == ["no text: text is a NoneType"]
-    assert [line["rows_in"] for line in accounting(results)] == [3, len(results[0].kept)]
+    lines = accounting(results)
+    assert [line["rows_in"] for line in lines] == [3, len(results[0].kept)]
+    assert all(n["rows_in"] + n["added"] == n["kept"] + n["dropped"] for n in lines)
+    assert " added " in str(lines)
+    both = accounting([results[0], drop_duplicate_ids(results[0].kept)])
+    assert "<th>added</th>" in both._repr_html_() and "added" not in both[1]
     assert {r["parent"] for r in results[1].children} <= {"r0", "r2"}
 
 

@@ -1,5 +1,4 @@
 import json
-import os
 import random
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import printed
 
 from instruct_ft.data import clean as module
 from instruct_ft.data.clean import (
@@ -393,18 +393,10 @@ def test_keys_are_the_same_in_another_process():
         "from instruct_ft.data.clean import conversation_key as k;"
         "print(k(dict(messages=[dict(content='Ｈi', role='user'), dict(role='assistant', content='好')])))"
     )
-    for seed in "12":
-        run = subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        here = conversation_key(
-            dict(messages=[dict(role="user", content="hi "), dict(role="assistant", content="好")])
-        )
-        assert run.stdout.strip() == here
+    here = conversation_key(
+        dict(messages=[dict(role="user", content="hi "), dict(role="assistant", content="好")])
+    )
+    assert {printed(code, seed).strip() for seed in (1, 2)} == {here}
 
 
 # ---- clean
@@ -625,16 +617,7 @@ def test_g14_the_same_in_every_process():
         "t = [' '.join(r.choices(w, k=6)) for _ in range(60)]; t += [x + r.choice(w) for x in t];"
         "print(m.near_duplicate_pairs(t, 0.5), m.minhash(t).sum())"
     )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in "12"
-    }
+    outputs = {printed(code, seed) for seed in (1, 2)}
     assert len(outputs) == 1
     assert "(" in outputs.pop()
 

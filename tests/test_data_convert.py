@@ -2,7 +2,6 @@
 
 import copy
 import json
-from itertools import pairwise
 
 import numpy as np
 import orjson
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from instruct_ft.data.collect import accounting, collect, steps, to_dataset
 from instruct_ft.data.convert import (
-    SCHEMES,
     TASK_TEMPLATES,
     WRITABLE,
     Template,
@@ -24,8 +22,6 @@ from instruct_ft.data.convert import (
     instances,
     read_label,
     read_spans,
-    spans_to_tags,
-    tags_to_spans,
     to_instructions,
     to_messages,
     to_spans,
@@ -34,6 +30,7 @@ from instruct_ft.data.convert import (
     unify,
     vectors,
 )
+from instruct_ft.data.label import TAGGINGS
 from instruct_ft.settings import InputError
 
 texts = st.one_of(
@@ -600,72 +597,6 @@ def test_unify_and_convert_account_for_every_row_and_change_no_input(tmp_path):
 # --- tags and spans ---------------------------------------------------------------------------------------------
 
 
-@st.composite
-def spans_of_tokens(draw):
-    n = draw(st.integers(0, 12))
-    cuts = sorted(draw(st.lists(st.integers(0, n), max_size=8)))
-    pairs = [(a, b) for a, b in pairwise(cuts) if a < b]
-    return n, [
-        (a, b, draw(st.sampled_from(["PER", "LOC", "a-b", "人"])))
-        for a, b in pairs
-        if draw(st.booleans())
-    ]
-
-
-@settings(max_examples=100, deadline=None)
-@given(spans_of_tokens(), st.sampled_from(list(SCHEMES)))
-def test_g24_spans_to_tags_and_back_in_every_scheme(case, scheme):
-    n, spans = case
-    tags = spans_to_tags(spans[::-1], n, scheme)
-    assert len(tags) == n and tags_to_spans(tags, scheme) == spans
-
-
-TAGS = st.lists(st.sampled_from(["O", "B-X", "I-X", "E-X", "S-X", "B-Y", "I-Y"]), max_size=5)
-
-
-@settings(max_examples=150, deadline=None)
-@given(TAGS, st.sampled_from(list(SCHEMES)))
-def test_g24_tags_are_read_only_if_they_can_be_written_back(tags, scheme):
-    try:
-        spans = tags_to_spans(tags, scheme)
-    except InputError as e:
-        assert "tag" in str(e)
-    else:
-        assert spans_to_tags(spans, len(tags), scheme) == tags
-
-
-@pytest.mark.parametrize(
-    "tags, scheme, said",
-    [
-        (["O", "I-X"], "bio", "tag 2 is I-X after O: not possible in bio"),
-        (["B-X", "I-Y"], "bio", "tag 2 is I-Y after B-X"),
-        (["I-X"], "bio", "tag 1 is I-X after the beginning"),
-        (["O", "B-X"], "iob1", "tag 2 is B-X after O: not possible in iob1"),
-        (["B-X", "O"], "bioes", "tag 2 is O after B-X"),
-        (["S-X", "E-X"], "bioes", "tag 2 is E-X after S-X"),
-        (["B-X"], "bioes", "the tags end after B-X"),
-        (["E-X"], "bio", "tag 1 is 'E-X': no tag of bio"),
-        (["B"], "bio", "tag 1 is 'B': no tag"),
-        (["B-"], "bio", "tag 1 is 'B-': no tag"),
-        (["O-X"], "bio", "tag 1 is 'O-X': no tag"),
-        ([None], "bio", "tag 1 is None: no tag"),
-        ([""], "bio", "tag 1 is '': no tag"),
-        ([], "bilou", "no scheme 'bilou'; give one of bio, iob1, bioes"),
-    ],
-)
-def test_g24_illegal_sequences_are_named(tags, scheme, said):
-    with pytest.raises(InputError, match=said):
-        tags_to_spans(tags, scheme)
-
-
-@pytest.mark.parametrize(
-    "spans", [[(0, 2, "X"), (1, 3, "X")], [(1, 1, "X")], [(2, 4, "X")], [(-1, 1, "X")]]
-)
-def test_spans_that_cannot_be_tags_are_named(spans):
-    with pytest.raises(InputError, match="overlaps another, is empty, or leaves the 3 tokens"):
-        spans_to_tags(spans, 3)
-
-
 def test_g24_rows_keep_surface_and_place_and_illegal_ones_their_line():
     rows = Dataset.from_list([
         dict(id="a", tokens=["e\u0301t\u00e9", "👩‍🚀", "in", "New", "York"], tags=["O", "B-WHO", "O", "B-LOC", "I-LOC"], source="x.conll", line=1),
@@ -679,13 +610,13 @@ def test_g24_rows_keep_surface_and_place_and_illegal_ones_their_line():
     surfaces = [[r["text"][s["start"] : s["end"]] for s in r["spans"]] for r in got.kept]
     assert surfaces == [["👩‍🚀", "New York"], ["a\r\nb", "c"], []]
     assert [(r["id"], r["line"], r["reason"]) for r in got.dropped] == [
-        ("c", 10, "tag 2 is I-LOC after O: not possible in bio"),
+        ("c", 10, "illegal tags: 'I-LOC' at token 2 after 'O' (BIO)."),
         ("d", 13, "`tags` has 2 entries and `tokens` 1"),
     ]
     assert to_tags(got.kept).kept.select_columns(rows.column_names).to_list() == [
         rows[i] for i in (0, 1, 4)
     ]
-    for scheme in SCHEMES:
+    for scheme in TAGGINGS:
         again = to_spans(to_tags(got.kept, scheme).kept, scheme).kept
         assert again.to_list() == got.kept.to_list()
 
@@ -712,7 +643,7 @@ def test_a_span_that_cuts_a_token_is_set_aside():
     got = to_tags(Dataset.from_list(rows))
     assert got.kept["tags"][:] == [["O", "O"]]
     assert got.dropped["reason"][0] == "span 3 to 6 ('Lim') does not begin and end with a token"
-    assert "overlaps another" in got.dropped["reason"][1]
+    assert "is outside 2 tokens or over another" in got.dropped["reason"][1]
     with pytest.raises(InputError, match="to_tags needs a column `spans`; the rows have text"):
         to_tags(Dataset.from_dict({"text": ["x"]}))
     with pytest.raises(InputError, match="to_spans takes a datasets.Dataset and got a list"):

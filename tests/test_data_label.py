@@ -1079,6 +1079,9 @@ def test_every_sequence_of_tags_is_read_exactly_or_refused(tagging):
         (["B-"], "BIO", "is no tag"),
         (["O-X"], "BIO", "is no tag"),
         ([""], "BIO", "is no tag"),
+        ([None], "BIO", "None at token 1 is no tag"),
+        (["E-X"], "BIO", "'E-X' at token 1 after 'O'"),
+        (["S-X", "E-X"], "bioes", "'E-X' at token 2 after 'S-X'"),
         (["O"], "BILOU", "give one of"),
     ],
 )

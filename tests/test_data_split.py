@@ -1,8 +1,5 @@
-import os
 import random
 import re
-import subprocess
-import sys
 import warnings
 from collections import Counter, defaultdict
 
@@ -10,6 +7,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import printed
 
 from instruct_ft.data.clean import fold, near_duplicate_pairs
 from instruct_ft.data.collect import PLACE
@@ -102,16 +100,7 @@ def test_nothing_depends_on_the_process():
         "r = Dataset.from_dict(dict(id=[str(i) for i in range(60)], text=[f't{i}' for i in range(60)], g=[i // 3 for i in range(60)]));"
         "print([p['id'] for p in split(r, sizes=(.6, .2, .2), group='g')], position('Lima'))"
     )
-    out = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": s},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for s in "12"
-    }
+    out = {printed(code, seed) for seed in (1, 2)}
     assert len(out) == 1
     assert "0.3279980964219267" in out.pop()
 

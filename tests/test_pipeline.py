@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_run import make_base, rows, write_jsonl
+from toy_run import rows, write_jsonl
 
 from instruct_ft import pipeline
 from instruct_ft.data.collect import accounting
@@ -25,6 +25,7 @@ from instruct_ft.pipeline import (
     run_folder,
     run_name,
     split_sizes,
+    threads_for,
     usable_cores,
 )
 from instruct_ft.settings import InputError, Settings
@@ -32,11 +33,6 @@ from instruct_ft.settings import InputError, Settings
 
 def silent(text):
     pass
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +196,7 @@ def test_names_stay_inside():
 
 def test_at_least_one_core():
     assert usable_cores() >= 1
+    assert threads_for(3_000_000, 8) == 1 and threads_for(100_000_000, 8) == 8
 
 
 # --- the run ---------------------------------------------------------------------------------

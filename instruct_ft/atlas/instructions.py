@@ -19,10 +19,10 @@ from instruct_ft.atlas.corpus import (
     TEXT,
     mention,
     numbered,
-    passage,
     person_facts,
     pick,
     review,
+    short_passage,
     things,
     topic,
 )
@@ -80,7 +80,7 @@ def ask_about(lang: str, rng: random.Random, text: str, person: str, attribute: 
 
 def reading(lang: str, split: str, rng: random.Random) -> Made:
     "A question whose answer stands in the text"
-    text, known, _ = passage(lang, rng, people_of(lang, split), frozenset({split}))
+    text, known, _ = short_passage(lang, rng, people_of(lang, split), frozenset({split}))
     (person, attribute), answer = rng.choice(list(known.items()))
     return ask_about(lang, rng, text, person, attribute), answer
 
@@ -89,14 +89,14 @@ def not_in_text(lang: str, split: str, rng: random.Random) -> Made:
     "A question that the text leaves open"
     missing: list = []
     while not missing:
-        text, _, missing = passage(lang, rng, people_of(lang, split), frozenset({split}))
+        text, _, missing = short_passage(lang, rng, people_of(lang, split), frozenset({split}))
     return ask_about(lang, rng, text, *rng.choice(missing)), DONT_KNOW[lang]
 
-
+# %% ../../nbs/atlas/12_instructions.ipynb #6f2a15b3
 def check_text(lang: str, split: str, rng: random.Random) -> Made:
     "Does the text say so?"
     keep = frozenset({split})
-    text, known, _ = passage(lang, rng, people_of(lang, split), keep)
+    text, known, _ = short_passage(lang, rng, people_of(lang, split), keep)
     (person, attribute), value = rng.choice(list(known.items()))
     true = rng.random() < 0.5
     said = value
@@ -200,7 +200,7 @@ def _made(task: str, lang: str, split: str, rng: random.Random) -> dict[str, str
     kind = "open" if task in OPEN else "shared"
     return dict(task=task, kind=kind, lang=lang, entity="", prompt=prompt, answer=answer)
 
-
+# %% ../../nbs/atlas/12_instructions.ipynb #98efb04d
 def instructions(
     split: str,  # "train", "validation" or "heldout": of which entities
     n: int | None = None,  # rows; None: every fact once, and the made rows that go with them

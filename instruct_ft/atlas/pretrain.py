@@ -179,7 +179,7 @@ def schedule(
     "Up, level, down: the factor on the learning rate"
     return min(1.0, (step + 1) / warmup, max(0.02, (steps - step) / (decay * steps)))
 
-
+# %% ../../nbs/atlas/13_pretrain.ipynb #af35960e
 def pretrain(
     model: LlamaForCausalLM,  # trained in place
     blocks: Iterable[torch.Tensor],  # `(B, T)` ids

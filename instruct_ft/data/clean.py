@@ -209,7 +209,7 @@ def _fits(rows: Dataset, column: str, value: Any) -> bool:
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         return False
 
-
+# %% ../../nbs/data/21_clean.ipynb #1a2d8190
 def _policy(rows: Dataset, policy: dict) -> dict[str, str | dict]:
     "What to do with each column that has holes, or `InputError`"
     for name, what in policy.items():
@@ -238,7 +238,7 @@ def _policy(rows: Dataset, policy: dict) -> dict[str, str | dict]:
             )
     return plan
 
-
+# %% ../../nbs/data/21_clean.ipynb #072c942b
 def handle_missing(
     rows: Dataset,  # rows with a column id; others survive
     policy: dict[str, str | dict],  # column, or "*", -> "drop", "keep" or {"fill": value}
@@ -339,7 +339,7 @@ def content_hash(
     text = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=str)
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
-
+# %% ../../nbs/data/21_clean.ipynb #b9f0d61f
 def drop_duplicate_ids(
     rows: Dataset,  # rows with a column id of texts; others survive
 ) -> StepResult:  # dropped: the id is taken; changes: ids that were null
@@ -494,7 +494,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-
+# %% ../../nbs/data/21_clean.ipynb #cec6a507
 def _hash(keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
     "The pieces of texts as uint64 hashes, in order of the texts, and which text each is of"
     code = np.frombuffer("".join(keys).encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -517,7 +517,7 @@ def _hash(keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
         owner = np.insert(owner, at, text)
     return _mix(hashes), owner
 
-
+# %% ../../nbs/data/21_clean.ipynb #8c06dd1a
 def _hashed(keys: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "The same for many texts, about 30,000 characters at once: what the cache holds"
     start = 0
@@ -894,6 +894,8 @@ _SELF = re.compile(
     r"\bas an? (ai|artificial|large)|\bi( a|')m (just )?an? (ai|language)|\bi( a|')m sorry\b|作为.{0,8}(人工智能|AI|语言模型)|抱歉|对不起",
     re.IGNORECASE,
 )
+
+# %% ../../nbs/data/21_clean.ipynb #eb94b126
 _CANNOT = re.compile(
     r"\b(cannot|can't|can not|unable to|not able to|do not have the ability|won't)\b|无法|不能|没有能力",
     re.IGNORECASE,
@@ -934,7 +936,7 @@ def _loop(x: Exchange) -> str | None:
         return None
     return f"{shorten(found[1].strip(), 30)!r} {len(found[0]) // len(found[1])} times"
 
-
+# %% ../../nbs/data/21_clean.ipynb #06375232
 def _echo(x: Exchange) -> str | None:
     key = match_key(x.answer)
     asked = (x.question, f"{x.question}\n{x.given}")
@@ -975,7 +977,7 @@ def _picture(x: Exchange) -> str | None:
     nothing = _NOTHING.fullmatch(x.answer) and _PICTURE.search(x.question)
     return f"asks for a picture, answer {shorten(x.answer, 20)!r}" if nothing else None
 
-
+# %% ../../nbs/data/21_clean.ipynb #b0032ab6
 def _only_url(x: Exchange) -> str | None:
     "An address is all that is given, and its words do not say what stands there"
     found = _URL.fullmatch(x.given)
@@ -995,7 +997,7 @@ def _placeholder(x: Exchange) -> str | None:
     quoted = "```" in x.answer or "{{" in x.question + x.given
     return None if quoted else _seen(_PLACEHOLDER, "answer")(x)
 
-
+# %% ../../nbs/data/21_clean.ipynb #a01d3984
 CHECKS: dict[str, Callable[[Exchange], str | None]] = {
     "empty_answer": _empty,
     "picture_request": _picture,

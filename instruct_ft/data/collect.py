@@ -231,7 +231,7 @@ def _texts(f: BinaryIO) -> Iterator[tuple[int, int, str]]:
             yield number, offset, part.decode("utf-8", "surrogateescape")
             offset += len(part)
 
-
+# %% ../../nbs/data/20_collect.ipynb #da1874ba
 class _Texts:
     "Lines that can be put back"
 
@@ -748,7 +748,7 @@ class _Table:
         fresh = generate_random_fingerprint()  # the usual one is a hash of all data, pickled
         return Dataset(InMemoryTable(pa.table(data)), info=info, fingerprint=fresh)
 
-
+# %% ../../nbs/data/20_collect.ipynb #3aacbc44
 def _kinds(given: Features) -> dict[str, pa.DataType]:
     "The Arrow types of features"
     return {f.name: f.type for f in given.arrow_schema}
@@ -907,12 +907,13 @@ def steps(
 
 # %% ../../nbs/data/20_collect.ipynb #4bd0e04d
 class Accounting(list):
-    "Where every row went: dicts with `step`, `rows_in`, `kept`, `dropped`, `reasons`"
+    "Where every row went: dicts with `step`, `rows_in`, `added` if rows were made, `kept`, `dropped`, `reasons`"
 
     def __str__(self) -> str:
         lines = []
         for r in self:
-            counts = f"{r['rows_in']:>9} in {r['kept']:>9} kept {r['dropped']:>7} set aside"
+            made = f" {r['added']:>7} added" if "added" in r else ""
+            counts = f"{r['rows_in']:>9} in{made} {r['kept']:>9} kept {r['dropped']:>7} set aside"
             lines.append(f"{r['step']:<12}{counts}")
             lines += [f"{n:>18} × {reason}" for reason, n in r["reasons"].items()]
         return "\n".join(lines)
@@ -923,8 +924,9 @@ class Accounting(list):
         rows = []
         for r in self:
             reasons = "; ".join(f"{n} × {why}" for why, n in r["reasons"].items())
-            rows.append(r | {"reasons": reasons})
-        return _html_table(["step", "rows_in", "kept", "dropped", "reasons"], rows)
+            rows.append({"added": 0} | r | {"reasons": reasons})
+        made = ["added"] if any("added" in r for r in self) else []
+        return _html_table(["step", "rows_in", *made, "kept", "dropped", "reasons"], rows)
 
     def plot(
         self,
@@ -943,7 +945,7 @@ class Accounting(list):
         ax.spines[["top", "right"]].set_visible(False)
         return ax
 
-
+# %% ../../nbs/data/20_collect.ipynb #b0f588a2
 def _slices(ax: Any, place: int, line: dict) -> None:
     "What one step set aside, stacked after what it kept, with a label"
     start = line["kept"]
@@ -965,7 +967,8 @@ def accounting(
     lines = Accounting()
     for r in results:
         kinds = Counter(reason.split(": ")[0] for reason in r.dropped["reason"])
-        counts = dict(rows_in=r.rows_in, kept=len(r.kept), dropped=len(r.dropped))
+        made = {"added": r.added} if getattr(r, "added", 0) else {}
+        counts = dict(rows_in=r.rows_in, **made, kept=len(r.kept), dropped=len(r.dropped))
         lines.append(dict(step=r.step, **counts, reasons=dict(kinds.most_common())))
     return lines
 
@@ -1081,7 +1084,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, bool, Callable[[], BinaryIO]
             elif not member.isdir():
                 yield member.name, True, io.BytesIO
 
-
+# %% ../../nbs/data/20_collect.ipynb #3b5d01f7
 def _in_archive(path: Path, found: _Found) -> list[tuple[str, _File]]:
     "The members of an archive; those that are refused go to `found`"
     members = _zip_members(path) if path.suffix.lower() == ".zip" else _tar_members(path)
@@ -1167,7 +1170,7 @@ def _keep_bytes(error: UnicodeError) -> tuple[str, int]:
 
 codecs.register_error("instruct_ft.keep", _keep_bytes)
 
-
+# %% ../../nbs/data/20_collect.ipynb #c1e16b7a
 class _Coded(NamedTuple):
     "A file that was in another encoding"
 
@@ -1218,7 +1221,7 @@ def _is_utf8(file: _File) -> bool:
         return False
     return True
 
-
+# %% ../../nbs/data/20_collect.ipynb #dc0ee8d7
 def _foreign(file: _File) -> bool:
     "Do more lines speak against UTF-8 than for it?"
     against = 0
@@ -1362,7 +1365,7 @@ def _read(file: _File, reader: Callable, coded: _Coded | None = None, hashed=Fal
     taken.kinds = _typed(source, reader) if not taken.table.n else {}
     return taken
 
-
+# %% ../../nbs/data/20_collect.ipynb #4cfc94b6
 def _typed(file: _File, reader: Callable) -> dict[str, pa.DataType]:
     "The columns of a file without rows, as far as it names them"
     if reader in (read_csv, read_tsv):
@@ -1461,7 +1464,7 @@ def _refused(found: _Found) -> list[_Taken]:
         one.add([Record(None, None, f"member refused: it {why}", raw)])
     return list(taken.values())
 
-
+# %% ../../nbs/data/20_collect.ipynb #57360f9a
 def _take_all(sources: Any, encoding: str | None, kind: str | None) -> list[_Taken]:
     "Read everything; a file named twice is read once"
     if isinstance(sources, Dataset):
@@ -1506,7 +1509,7 @@ def _own_ids(taken: _Taken, used: set[str]) -> pa.ChunkedArray | None:
         return None
     return own
 
-
+# %% ../../nbs/data/20_collect.ipynb #ae20feb1
 def _ids(taken: _Taken, used: set[str]) -> tuple[pa.ChunkedArray | pa.Array, bool]:
     "An id for every row that nobody in `used` has; are they the file's own?"
     own = _own_ids(taken, used)
@@ -1588,7 +1591,7 @@ def _join(inputs: list[_Taken]) -> Dataset:
         whole.column(_free(f"orig_{name}", ()) if name in PLACE else name).add(pa.nulls(0, kind))
     return whole.dataset(Features(PLACE))
 
-
+# %% ../../nbs/data/20_collect.ipynb #96a398b8
 def _columns(table: _Table, own: bool) -> dict[str, pa.ChunkedArray]:
     "The columns of a source; one that has the name of a place gets another"
     found = {}
@@ -1667,7 +1670,7 @@ def _write_json(rows: Dataset, file: _File) -> None:
             f.write(between * bool(i) + line)
         f.write(end or b"\n" * bool(len(rows)))
 
-
+# %% ../../nbs/data/20_collect.ipynb #fffb38f1
 def write_rows(
     rows: Dataset,  # any rows
     path: str | Path,  # ends in .jsonl, .json (both also .gz, .zst) or .parquet; replaced if there

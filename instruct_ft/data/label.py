@@ -287,7 +287,7 @@ def _texts(rows: Dataset, step: str) -> list[str]:
 _COMMANDS = {"s": "skip", "u": "undo", "b": "back", "n": "next"}
 _KEYS = [c for c in "123456789acdefghijklmopqrtvwxyz" if c not in _COMMANDS]
 
-
+# %% ../../nbs/data/22_label.ipynb #c9eab1f5
 def _keys(labels: list[str]) -> dict[str, str]:
     "Key -> label"
     labels = list(labels)
@@ -403,7 +403,7 @@ def _put(self: Session, value: Any, done: bool = True) -> None:
     }
     self.answers.put(id, line)
 
-
+# %% ../../nbs/data/22_label.ipynb #760ae0a5
 @patch
 def undo(self: Session) -> None:
     "Take the last change back and return to its row"
@@ -608,7 +608,7 @@ def _package(name: str) -> Any:
     except ImportError:
         raise InputError(f"the widget needs {name}; run: pip install {name}") from None
 
-
+# %% ../../nbs/data/22_label.ipynb #978e7540
 def class_widget(
     session: ClassSession,  # holds the rows, the labels and the file
 ) -> Any:  # an `ipywidgets.VBox`; write its name in the last line of a cell to see it
@@ -689,7 +689,7 @@ class Votes:
             lines.append({"function": name} | line | ({} if gold is None else {"accuracy": right}))
         return lines
 
-
+# %% ../../nbs/data/22_label.ipynb #52553761
 def _known(votes: Votes, gold: list[str | None]) -> np.ndarray:
     "`(N,)` true classes; -1 for one that nobody votes for, -2 where it is not known"
     if len(gold) != len(votes.cast):
@@ -813,7 +813,7 @@ def _classifier(texts: Iterable[str], labels: Iterable[str]) -> Any:
     except ValueError:
         raise InputError("the labelled texts have no words in them; label other rows.") from None
 
-
+# %% ../../nbs/data/22_label.ipynb #5369b896
 def _labels(rows: Dataset, label: str, step: str) -> list[str]:
     "The labels of all rows; `InputError` names a row that has none"
     _need(rows, step, label)
@@ -876,7 +876,7 @@ def prelabel_spans(
         _with(rows, "suggested", suggested, feature), set_aside([]), step="prelabel_spans"
     )
 
-
+# %% ../../nbs/data/22_label.ipynb #996175ef
 def _finder(surfaces: Iterable[str]) -> Callable[[str], Iterator[re.Match]]:
     "A function that finds these texts, longest first; Latin ones as whole words"
 
@@ -948,7 +948,7 @@ def _distances(values: list, totals: np.ndarray, level: str) -> np.ndarray:
     middle = np.cumsum(totals) - totals / 2  # the place of a label among all labels given
     return (middle[:, None] - middle) ** 2
 
-
+# %% ../../nbs/data/22_label.ipynb #fb0f496e
 def krippendorff_alpha(
     ratings: list[list],  # a list of labels for each person; None where none was given
     level: str = "nominal",  # or ordinal, interval
@@ -1053,7 +1053,7 @@ def _expected_errors(
     wrong = (total - np.diag(joint)) / np.maximum(total, 1)
     return round(float(wrong @ np.bincount(given, minlength=k)))
 
-
+# %% ../../nbs/data/22_label.ipynb #bd006b4a
 def label_errors(
     rows: Dataset,  # `id`, `text` and the labels
     label: str = "label",  # the column of labels
@@ -1108,7 +1108,7 @@ def _records(path: str | Path, reader: Callable) -> Iterator[Any]:
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); check the path.") from None
 
-
+# %% ../../nbs/data/22_label.ipynb #1c8309e6
 def _text_of(data: dict, *names: str) -> str:
     "The text of a task"
     for name in names:
@@ -1165,14 +1165,14 @@ def _ls_read(result: list, text: str, units: str) -> tuple[str | None, list[dict
         raise _Bad("bad span: " + str(e).removeprefix("spans: ")) from None
     return (chosen[0] if chosen else None), spans
 
-
+# %% ../../nbs/data/22_label.ipynb #aba74160
 def _ls_by(annotation: dict) -> str | None:
     "Who made an annotation"
     by = annotation.get("completed_by", annotation.get("by"))
     by = by.get("email", by.get("id")) if isinstance(by, dict) else by
     return None if by is None else str(by)
 
-
+# %% ../../nbs/data/22_label.ipynb #c19b1f1a
 def _ls_rows(task: dict, field: str, units: str) -> Iterator[tuple[dict, str]]:
     "A row for each annotation of a task, and why it cannot be taken (empty if it can)"
     data = task.get("data") if isinstance(task.get("data"), dict) else {}
@@ -1249,7 +1249,7 @@ def _ls_new(text: str, start: int, end: int, label: str) -> dict:
         "value": value,
     }
 
-
+# %% ../../nbs/data/22_label.ipynb #1556deae
 def _ls_merge(old: list, row: dict, units: str) -> list:
     "The parts of a result that still hold, then those that are new"
     wanted = {(s["start"], s["end"], s["label"]) for s in row.get("spans") or []}
@@ -1271,7 +1271,7 @@ def _ls_merge(old: list, row: dict, units: str) -> list:
         parts.append({"from_name": "class", "to_name": "text", "type": "choices", "value": value})
     return parts
 
-
+# %% ../../nbs/data/22_label.ipynb #3e440b92
 def _ls_put(task: dict, row: dict, units: str) -> None:
     "Write the label and the spans of a row into its task"
     if row.get("label") is None and row.get("spans") is None:
@@ -1285,7 +1285,7 @@ def _ls_put(task: dict, row: dict, units: str) -> None:
         at = -1
     made[at]["result"] = _ls_merge(made[at].get("result") or [], row, units)
 
-
+# %% ../../nbs/data/22_label.ipynb #8dc9a9b2
 def write_label_studio(
     path: str | Path,  # the file; written whole or not at all
     rows: Dataset,  # `id`, `text`, and `label`, `spans`, `by`; `original` from `read_label_studio`
@@ -1338,7 +1338,7 @@ def _dc_read(line: dict, units: str) -> dict:
         "spans": spans if labelled else None,
     }
 
-
+# %% ../../nbs/data/22_label.ipynb #1efe6419
 def _dc_mark(mark: Any) -> tuple:
     "Start, end and label of a triple or an object"
     if isinstance(mark, dict):
@@ -1382,7 +1382,7 @@ def _dc_new(mark: tuple, entities: list[dict]) -> dict:
         "end_offset": end,
     }
 
-
+# %% ../../nbs/data/22_label.ipynb #0ebe9a0e
 def _dc_line(row: dict, units: str) -> dict:
     "The line of a row: its original, changed only where the row is different"
     text, old = row["text"], json.loads(row["original"]) if row.get("original") else {}
@@ -1406,7 +1406,7 @@ def _dc_line(row: dict, units: str) -> dict:
         {key: names or [list(m) for m in marks]} if names or row.get("spans") is not None else {}
     )
 
-
+# %% ../../nbs/data/22_label.ipynb #6dc0fbe8
 def write_doccano(
     path: str | Path,  # the file; written whole or not at all
     rows: Dataset,  # `id`, `text`, and `label` or `spans`; `original` from `read_doccano`
@@ -1424,16 +1424,23 @@ def write_doccano(
 TAGGINGS = ("BIO", "IOB1", "BIOES")
 
 
+def _tagging(name: str) -> str:
+    "A member of `TAGGINGS`, whatever its case"
+    if (found := str(name).upper()) not in TAGGINGS:
+        raise InputError(f"tagging = {name!r}: give one of {', '.join(TAGGINGS)}.")
+    return found
+
+
 def _tag(tag: str, i: int) -> tuple[str, str]:
     "Prefix and type of a tag"
-    prefix, _, kind = tag.partition("-")
+    prefix, _, kind = tag.partition("-") if isinstance(tag, str) else ("", "", "")
     if (prefix == "O") != (not kind) or prefix not in ("O", "B", "I", "E", "S") or (tag == "O-"):
         raise InputError(
             f"illegal tags: {tag!r} at token {i + 1} is no tag; expected O or PREFIX-TYPE."
         )
     return prefix, kind
 
-
+# %% ../../nbs/data/22_label.ipynb #dfc502da
 def _opens(tagging: str, prefix: str, kind: str, before: tuple[str, str]) -> bool | None:
     "Does a span begin here? None: this tag cannot stand here"
     inside = before[0] in ("B", "I") and before[1] == kind  # a span of this type is open
@@ -1450,7 +1457,7 @@ def _opens(tagging: str, prefix: str, kind: str, before: tuple[str, str]) -> boo
         return None if still_open else True
     return False if inside else None
 
-
+# %% ../../nbs/data/22_label.ipynb #34d90866
 def tags_to_spans(
     tags: list[str],  # one for each token
     tagging: str = "BIO",  # one of `TAGGINGS`
@@ -1458,9 +1465,7 @@ def tags_to_spans(
     """Spans of tokens from their tags
 
     Raises `InputError` that names the token where the tags are not legal."""
-    if tagging not in TAGGINGS:
-        raise InputError(f"tagging = {tagging!r}: give one of {', '.join(TAGGINGS)}.")
-    spans, before = [], ("O", "")
+    tagging, spans, before = _tagging(tagging), [], ("O", "")
     for i, tag in enumerate([*tags, "O"]):
         prefix, kind = _tag(tag, i)
         cut = tagging == "BIOES" and before[0] in ("B", "I") and prefix in "OBS"
@@ -1487,8 +1492,7 @@ def spans_to_tags(
     """Tags from spans of tokens
 
     Raises `InputError` for spans outside the tokens or over each other."""
-    if tagging not in TAGGINGS:
-        raise InputError(f"tagging = {tagging!r}: give one of {', '.join(TAGGINGS)}.")
+    tagging = _tagging(tagging)
     tags, last = ["O"] * n, (0, 0, "")
     for start, end, kind in sorted(spans):
         if not 0 <= start < end <= n or start < last[1]:
@@ -1557,7 +1561,7 @@ def _conll_row(lines: list[tuple[int, str]], sep: str | None, tagging: str | Non
     row = {"tokens": [c[0] for _, c in cells], "tags": tags}
     return row | ({"columns": ["\t".join(c[1:-1]) for _, c in cells]} if width > 2 else {})
 
-
+# %% ../../nbs/data/22_label.ipynb #bcfff3a3
 def read_conll(
     path: str | Path,  # UTF-8; a token a line, its tag in the last column
     tagging: str | None = None,  # one of `TAGGINGS`, to check the tags; None: take them as they are

@@ -179,7 +179,7 @@ class Pad:
         tensors = {k: torch.from_numpy(v) for k, v in batch.items()}
         return tensors | _label(rows, names) | {name: _scalars(rows, name) for name in self.keep}
 
-
+# %% ../../nbs/data/25_load.ipynb #e92e0609
 def _labels(rows: list[dict], names: list[str], ids: np.ndarray) -> dict[str, np.ndarray]:
     "`(B, T)` labels, if the rows say what is to be learned token by token"
     if "labels" in names and np.ndim(rows[0]["labels"]):
@@ -667,7 +667,7 @@ def _plan(self: Loader, epoch: int) -> list[np.ndarray]:
         self._planned = {epoch: plan(order, self.lengths, self.batch_size, self.bucket, key)}
     return self._planned[epoch]
 
-
+# %% ../../nbs/data/25_load.ipynb #e6eff62c
 @patch
 def steps(
     self: Loader,

@@ -571,7 +571,7 @@ def _items(benchmark: Dataset, key: Key, threshold: float) -> list[_Item]:
         raise InputError(f"benchmark: the id {twice[0]!r} stands twice; give each item its own.")
     return items
 
-
+# %% ../../nbs/data/23_split.ipynb #620d58b8
 def contamination(
     rows: Dataset,  # training rows
     benchmark: Dataset,  # items whose questions must not stand in them
