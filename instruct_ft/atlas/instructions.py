@@ -19,7 +19,6 @@ from instruct_ft.atlas.corpus import (
     TEXT,
     mention,
     numbered,
-    person_facts,
     pick,
     review,
     short_passage,
@@ -94,17 +93,13 @@ def not_in_text(lang: str, split: str, rng: random.Random) -> Made:
 
 # %% ../../nbs/atlas/12_instructions.ipynb #6f2a15b3
 def check_text(lang: str, split: str, rng: random.Random) -> Made:
-    "Does the text say so?"
-    keep = frozenset({split})
-    text, known, _ = short_passage(lang, rng, people_of(lang, split), keep)
-    (person, attribute), value = rng.choice(list(known.items()))
-    true = rng.random() < 0.5
-    said = value
-    while not true and said == value:
-        said = person_facts(lang, rng, keep)[attribute]
-    told = ASK_TEXT["check"][lang][attribute].format(k=person, v=said)
-    frame = rng.choice(ASK_TEXT["open"]["true"][lang])
-    return frame.format(t=text, c=told), ASK_TEXT["open"]["yes"][lang][0 if true else 1]
+    "Is it in the text?"
+    text, known, missing = short_passage(lang, rng, people_of(lang, split), frozenset({split}))
+    said = rng.random() < 0.5
+    person, attribute = rng.choice(list(known) if said else missing)
+    what = ASK_TEXT["check"][lang][attribute].format(k=person)
+    frame = rng.choice(ASK_TEXT["open"]["said"][lang])
+    return frame.format(t=text, c=what), ASK_TEXT["open"]["yes"][lang][0 if said else 1]
 
 # %% ../../nbs/atlas/12_instructions.ipynb #0cd58960
 def _framed(name: str, lang: str, rng: random.Random, **fields: str) -> str:
