@@ -25,8 +25,11 @@ from itertools import chain, combinations, product
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets
+from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable
 
 from instruct_ft.data.collect import (
@@ -65,13 +68,27 @@ def each(
 
 def _part(rows: Dataset, reasons: list[str | None], step: str) -> StepResult:
     "Keep the rows whose reason is None and set the others aside"
-    kept = [i for i, reason in enumerate(reasons) if reason is None]
+    fits = np.array([reason is None for reason in reasons], dtype=bool)
+    why = [reason for reason in reasons if reason is not None]
     gone = [
         aside(row | {"id": str(row["id"])}, step, reason)
-        for row, reason in zip(each(rows), reasons, strict=True)
-        if reason is not None
+        for row, reason in zip(each(rows.select(np.flatnonzero(~fits))), why, strict=True)
     ]
-    return StepResult(rows.select(kept), set_aside(gone), _log([]), step)
+    return StepResult(_only(rows, fits), set_aside(gone), _log([]), step)
+
+
+def _only(rows: Dataset, fits: np.ndarray) -> Dataset:
+    "The rows that fit; cut out at once if they lie in memory, which every later step is quicker for"
+    plain = rows._indices is None and rows.format["type"] is None
+    if plain and isinstance(rows.data, InMemoryTable) and not fits.all():
+        return _of_table(rows, rows.data.table.filter(pa.array(fits)))
+    return rows if fits.all() else rows.select(np.flatnonzero(fits))
+
+
+def _of_table(rows: Dataset, table: pa.Table) -> Dataset:
+    "Rows like these with other values; a fingerprint of the content would take longer than the step"
+    info, mark = DatasetInfo(features=rows.features), generate_random_fingerprint()
+    return Dataset(InMemoryTable(table), info=info, fingerprint=mark)
 
 
 def _log(changes: list[dict]) -> Dataset:
@@ -124,6 +141,42 @@ def missing_values(
     counts = {c: Counter(state(row, c) for row in rows) for c in columns}
     return {c: {s: n[s] for s in STATES} for c, n in counts.items()}
 
+# %% ../../nbs/data/21_clean.ipynb #c1ea0002
+class _Turns(NamedTuple):
+    "All messages of a set, laid end to end"
+
+    lists: pa.ListArray  # as they lie in the rows
+    row: np.ndarray  # `(turns,)` number of the row
+    role: pa.Array
+    content: pa.Array
+
+
+def _turns(rows: Dataset) -> _Turns | None:
+    "The messages without their rows; None unless role and content are plain texts"
+    column = rows.select_columns(["messages"]).with_format("arrow")[:].column(0).combine_chunks()
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    kind = column.type.value_type if pa.types.is_list(column.type) else None
+    if not (kind and pa.types.is_struct(kind)):
+        return None
+    fields = {field.name: field.type for field in kind}
+    texts = all(pa.types.is_string(fields.get(name, pa.null())) for name in ("role", "content"))
+    if not texts or (flat := column.flatten()).null_count:
+        return None
+    sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    parts = (flat.field(kind.get_field_index(name)) for name in ("role", "content"))
+    return _Turns(column, np.repeat(np.arange(len(rows)), sizes), *parts)
+
+# %% ../../nbs/data/21_clean.ipynb #c1ea0003
+def _without_text(rows: Dataset) -> np.ndarray:
+    "Numbers of the rows that `_gap` has to look at: no answer, or a turn without text"
+    if (turns := _turns(rows)) is None:
+        return np.arange(len(rows))
+    size = pc.utf8_length(pc.utf8_trim(turns.content, characters=_EDGE + _JOINERS))
+    bare = pc.equal(pc.fill_null(size, 0), 0).to_numpy(zero_copy_only=False)
+    answer = pc.fill_null(pc.equal(turns.role, "assistant"), False).to_numpy(zero_copy_only=False)
+    answers = np.bincount(turns.row[answer], minlength=len(rows))
+    return np.union1d(np.flatnonzero(answers == 0), turns.row[bare])
+
 # %% ../../nbs/data/21_clean.ipynb #778988ae
 def _gap(messages: list[dict] | None) -> str | None:
     "Why this conversation cannot be learned from; None when it can"
@@ -148,7 +201,10 @@ def drop_empty(
 
     Raises `InputError` when the rows are not conversations."""
     _need(rows, "drop_empty")
-    return _part(rows, [_gap(row["messages"]) for row in each(rows)], "drop_empty")
+    reasons, suspects = [None] * len(rows), _without_text(rows)
+    for i, row in zip(suspects, each(rows.select(suspects)), strict=True):
+        reasons[i] = _gap(row["messages"])
+    return _part(rows, reasons, "drop_empty")
 
 # %% ../../nbs/data/21_clean.ipynb #8290906b
 RULES: dict[str, Callable[[str], str]] = {
@@ -175,15 +231,63 @@ def _mend(
     return (turns if messages is not None else None), log
 
 # %% ../../nbs/data/21_clean.ipynb #add49876
-def _with_column(rows: Dataset, name: str, values: list) -> Dataset:
-    "The rows with other values in a column, of the same type and in the same place"
-    new = Dataset.from_dict({name: values}, features=Features({name: rows.features[name]}))
+def _with_values(rows: Dataset, name: str, values: dict[int, Any]) -> Dataset:
+    "The rows with other values in some places of a column, of the same type"
+    new = Dataset.from_dict(
+        {name: list(values.values())}, features=Features({name: rows.features[name]})
+    )
     table = rows.with_format("arrow")[:]
-    at = table.schema.get_field_index(name)
-    table = table.set_column(at, table.schema.field(at), new.data.column(name))
-    return Dataset(InMemoryTable(table), info=DatasetInfo(features=rows.features))
+    at, place = table.schema.get_field_index(name), np.arange(len(rows))
+    place[list(values)] = np.arange(len(values)) + len(rows)
+    both = pa.chunked_array([*table.column(name).chunks, *new.data.column(name).chunks])
+    return _of_table(rows, table.set_column(at, table.schema.field(at), both.take(place)))
+
+# %% ../../nbs/data/21_clean.ipynb #c1ea0007
+def _with_contents(rows: Dataset, turns: _Turns, texts: list[str | None]) -> Dataset:
+    "The rows with other contents in their messages"
+    table, flat = rows.with_format("arrow")[:], turns.lists.flatten()
+    kind = flat.type
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    parts = [pa.array(texts, f.type) if f.name == "content" else flat.field(f.name) for f in fields]
+    sizes = np.bincount(turns.row, minlength=len(rows))
+    ends = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+    struct, holes = pa.StructArray.from_arrays(parts, fields=fields), turns.lists.is_null()
+    lists = pa.ListArray.from_arrays(ends, struct, turns.lists.type, mask=holes)
+    at = table.schema.get_field_index("messages")
+    return _of_table(rows, table.set_column(at, table.schema.field(at), lists))
+
+# %% ../../nbs/data/21_clean.ipynb #c1ea0004
+def _untidy(text: str | None) -> bool:
+    "Would one of `RULES` change this text?"
+    return text is not None and (
+        "\r" in text
+        or text.strip(_EDGE) != text
+        or not (text.isascii() or unicodedata.is_normalized("NFC", text))
+    )
 
 
+def _mend_texts(rows: Dataset, turns: _Turns, rules: dict[str, Callable] | None) -> StepResult:
+    "`normalise` for messages whose contents are texts"
+    texts, changes = turns.content.to_pylist(), ([], [], [], [], [])
+    suspect = _untidy if rules is None else lambda text: text is not None
+    ids, first = rows["id"][:], np.searchsorted(turns.row, turns.row).tolist()
+    for at in [i for i, text in enumerate(texts) if suspect(text)]:
+        for rule, repair in (RULES if rules is None else rules).items():
+            before = texts[at]
+            if (after := repair(before)) != before:
+                texts[at] = after
+                field = f"messages[{at - first[at]}].content"
+                line = (str(ids[int(turns.row[at])]), field, rule, before, after)
+                for column, value in zip(changes, line, strict=True):
+                    column.append(value)
+    log = _log([])
+    if changes[0]:
+        rows = _with_contents(rows, turns, texts)
+        columns = [pa.array(column, pa.string()) for column in changes]
+        log = _of_table(log, pa.table(columns, names=log.column_names))
+    return StepResult(rows, set_aside([]), log, "normalise")
+
+# %% ../../nbs/data/21_clean.ipynb #c1ea0005
 def normalise(
     rows: Dataset,  # conversation rows with columns id, messages; others survive
     rules: dict[str, Callable[[str], str]] | None = None,  # in this order; None: `RULES`
@@ -192,12 +296,15 @@ def normalise(
 
     Raises `InputError` when the rows are not conversations."""
     _need(rows, "normalise")
-    column, log = [], []
-    for row in each(rows):
+    if (turns := _turns(rows)) is not None:
+        return _mend_texts(rows, turns, rules)
+    changed, log = {}, []
+    for i, row in enumerate(each(rows)):
         messages, changes = _mend(row["messages"], RULES if rules is None else rules)
-        column.append(messages)
-        log += [dict(id=str(row["id"])) | change for change in changes]
-    rows = _with_column(rows, "messages", column) if log else rows
+        if changes:
+            changed[i] = messages
+            log += [dict(id=str(row["id"])) | change for change in changes]
+    rows = _with_values(rows, "messages", changed) if log else rows
     return StepResult(rows, set_aside([]), _log(log), "normalise")
 
 # %% ../../nbs/data/21_clean.ipynb #48085850
@@ -270,7 +377,7 @@ def handle_missing(
                     )
                 )
     for c in dict.fromkeys(change["field"] for change in log):
-        rows = _with_column(rows, c, columns[c])
+        rows = _with_values(rows, c, dict(enumerate(columns[c])))
     result = _part(rows, reasons, "handle_missing")
     return StepResult(result.kept, result.dropped, _log(log), "handle_missing")
 
@@ -283,11 +390,13 @@ def fold(
     text: str,  # any text
 ) -> str:  # its form for comparison: NFKC, case folded, white space folded, nothing invisible
     "Two texts with the same fold say the same, but for width, case, spacing and encoding"
+    if text.isascii():  # of the invisible only NUL can be there, and NFKC has nothing to do
+        return " ".join(text.replace("\0", "").lower().split())
     for c in INVISIBLE:
         text = text.replace(c, "")
-    if text.isascii():  # NFKC has nothing to do there
-        return " ".join(text.casefold().split())
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    text = unicodedata.normalize("NFKC", text)
+    if (folded := text.casefold()) != text:
+        text = unicodedata.normalize("NFKC", folded)
     text = " ".join(text.split())
     return _BESIDE_CJK.sub("", text) if " " in text else text
 
@@ -307,6 +416,21 @@ def conversation_key(
     text = json.dumps(turns, ensure_ascii=False, sort_keys=True, default=str)
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
+# %% ../../nbs/data/21_clean.ipynb #c1ea0006
+def _conversation_keys(rows: Dataset) -> Iterator[Any]:
+    "What tells the conversations apart as `conversation_key` does, row by row"
+    turns = _turns(rows)
+    if turns is None or len(rows.features["messages"].feature) > 2:  # tool calls, weights, …
+        yield from map(conversation_key, each(rows))
+        return
+    said = [c and fold(c) for c in turns.content.to_pylist()]
+    pairs = list(zip(turns.role.to_pylist(), said, strict=True))
+    ends = np.searchsorted(turns.row, np.arange(len(rows)), side="right").tolist()
+    start = 0
+    for end in ends:
+        yield blake2b(orjson.dumps(pairs[start:end]), digest_size=16).digest()
+        start = end
+
 # %% ../../nbs/data/21_clean.ipynb #6ae3b4fe
 def _place(row: dict) -> str:
     "The id of a row and where it came from"
@@ -323,11 +447,13 @@ def drop_exact_duplicates(
 
     Raises `InputError` when the rows are not conversations."""
     _need(rows, "drop_exact_duplicates")
-    first, reasons = {}, []
-    for row in each(rows):
-        place = _place(row)
-        witness = first.setdefault(key(row), place)
-        reasons.append(f"exact duplicate: of {witness}" if witness is not place else None)
+    keys = _conversation_keys(rows) if key is conversation_key else map(key, each(rows))
+    seen: dict[Any, int] = {}
+    first = [seen.setdefault(k, i) for i, k in enumerate(keys)]
+    again = np.flatnonzero(np.array(first, dtype=np.int64) != np.arange(len(rows)))
+    reasons: list[str | None] = [None] * len(rows)
+    for i, row in zip(again, each(rows.select([first[i] for i in again])), strict=True):
+        reasons[i] = f"exact duplicate: of {_place(row)}"
     return _part(rows, reasons, "drop_exact_duplicates")
 
 # %% ../../nbs/data/21_clean.ipynb #8355da7c
@@ -368,7 +494,7 @@ def drop_duplicate_ids(
             else ""
         )
         reasons.append(f"{kind} {place}{here}" if taken else None)
-    rows = _with_column(rows, "id", ids) if log else rows
+    rows = _with_values(rows, "id", dict(enumerate(ids))) if log else rows
     result = _part(rows, reasons, "drop_duplicate_ids")
     return StepResult(result.kept, result.dropped, _log(log), "drop_duplicate_ids")
 
@@ -1113,7 +1239,7 @@ def apply_rules(
         for name in names:
             columns[name].append(row[name])
     for name in dict.fromkeys(re.split(r"\[", change["field"])[0] for change in log):
-        rows = _with_column(rows, name, columns[name])
+        rows = _with_values(rows, name, dict(enumerate(columns[name])))
     result = _part(rows, reasons, "apply_rules")
     return StepResult(result.kept, result.dropped, _log(log), "apply_rules")
 
