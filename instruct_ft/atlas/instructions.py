@@ -187,7 +187,18 @@ OPEN: dict[str, Callable[[str, str, random.Random], Made]] = {
 TASKS = {task: None for task in ASK_TEXT["ask"]} | OPEN | {"check_fact": check_fact}
 
 # %% ../../nbs/atlas/12_instructions.ipynb #64c5b4a1
-FACT_SHARE = 0.6  # of the rows that ask for a fact; the rest is made from texts
+FACT_SHARE = 0.47  # of the rows that ask for a fact; the rest is made from texts
+
+
+def _facts(asked: list[str], split: str, rng: random.Random) -> list[dict[str, str]]:
+    "All closed-book questions of these tasks and half of the shared ones, shuffled"
+    facts = [r for lang in LANGS for t in asked for r in fact_rows(t, lang, split, rng)]
+    rng.shuffle(facts)
+    shared = [r for r in facts if r["kind"] == "shared"]
+    closed = [r for r in facts if r["kind"] != "shared"]
+    mixed = closed + shared[: -(-len(shared) // 2)]
+    rng.shuffle(mixed)
+    return mixed
 
 
 def _made(task: str, lang: str, split: str, rng: random.Random) -> dict[str, str]:
@@ -198,7 +209,7 @@ def _made(task: str, lang: str, split: str, rng: random.Random) -> dict[str, str
 # %% ../../nbs/atlas/12_instructions.ipynb #98efb04d
 def instructions(
     split: str,  # "train", "validation" or "heldout": of which entities
-    n: int | None = None,  # rows; None: every fact once, and the made rows that go with them
+    n: int | None = None,  # rows; None: every closed-book fact once, and what goes with them
     seed: int = 0,  # wordings, made rows and order
     tasks: list[str] | None = None,  # of `TASKS`; None: all
 ) -> "Dataset":  # columns id, messages, task, kind, lang, entity, source, line
@@ -215,8 +226,7 @@ def instructions(
     names = [t for t in TASKS if tasks is None or t in tasks]
     rng = random.Random(f"{split}/{seed}")
     asked = [t for t in names if t in ASK_TEXT["ask"]]
-    facts = [r for lang in LANGS for t in asked for r in fact_rows(t, lang, split, rng)]
-    rng.shuffle(facts)
+    facts = _facts(asked, split, rng)
     made = [t for t in names if t not in asked]
     wanted = len(facts) if n is None or not made else round(n * FACT_SHARE) if asked else 0
     rows = facts[: n if n is not None and not made else wanted]

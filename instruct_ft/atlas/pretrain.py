@@ -238,8 +238,9 @@ def settle_control_tokens(
 ) -> None:
     "Give the control tokens, which no text has trained, the rows of tokens that do the same work"
     rows, id_of = model.get_input_embeddings().weight, tokenizer.convert_tokens_to_ids
-    rows[id_of(TURN_END)] = rows[id_of(END_OF_TEXT)]
-    rows[id_of(TURN_START)] = rows[tokenizer("\n", add_special_tokens=False).input_ids[0]]
+    line_break = tokenizer("\n", add_special_tokens=False).input_ids[0]
+    rows[id_of(TURN_END)] = 0.9 * rows[id_of(END_OF_TEXT)]
+    rows[id_of(TURN_START)] = 0.9 * rows[line_break]
 
 # %% ../../nbs/atlas/13_pretrain.ipynb #ebac04eb
 def save_base(
