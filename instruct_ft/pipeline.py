@@ -399,6 +399,7 @@ def _answers(
     work: _Work,
     indices: list[int],  # of test rows
     what: str,  # for the progress bar
+    most: int,  # tokens of an answer
 ) -> dict[int, Any]:  # index -> `Answer`
     "Ask the model some test rows"
     from tqdm.auto import tqdm
@@ -409,7 +410,7 @@ def _answers(
     off = {} if work.progress else {"disable": True}  # otherwise TQDM_DISABLE decides
     with tqdm(total=len(asked), desc=what, unit="answer", leave=False, **off) as bar:
         answers = generate(
-            work.model, work.tokenizer, asked, max_new_tokens=work.settings.max_new_tokens,
+            work.model, work.tokenizer, asked, max_new_tokens=most,
             template=work.settings.template, progress=lambda done, total: bar.update(done - bar.n),
         )  # fmt: skip
     return dict(zip(indices, answers))
@@ -420,11 +421,13 @@ def measure(
     when: str,  # "before" or "after"
 ) -> dict[str, Any]:  # answers: index -> Answer; losses: `(N, 2)`, see `row_losses`
     "Ask the test rows, and take the loss on them"
-    indices = list(range(len(work.rows.test)))
+    indices, most = list(range(len(work.rows.test))), work.settings.max_new_tokens
     if when == "before" and work.rows.builtin:
         closed = [i for i, kind in enumerate(work.rows.test["kind"]) if kind == "closed_book"]
         indices = sorted({*closed, *work.shown_rows})
-    answers = _answers(work, indices, f"answers {when}")
+        sizes = (sum(work.encoded["test"][i].loss_mask) for i in closed)
+        most = min(most, 8 + max(sizes, default=most))
+    answers = _answers(work, indices, f"answers {when}", most)
     pad = work.tokenizer.pad_token_id
     losses = row_losses(work.model, work.encoded["test"], 0 if pad is None else pad)
     return dict(answers=answers, losses=losses)

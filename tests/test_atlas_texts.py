@@ -3,11 +3,22 @@
 import hashlib
 import random
 import re
+from collections import Counter
 from itertools import islice
 
 import pytest
 
-from instruct_ft.atlas.corpus import RELATIONS, TEXT, corpus, mention, one_round, passage, statement
+from instruct_ft.atlas.corpus import (
+    RELATIONS,
+    TEXT,
+    corpus,
+    inquiry_text,
+    mention,
+    one_round,
+    passage,
+    short_passage,
+    statement,
+)
 from instruct_ft.atlas.facts import DOMAINS, allowed, table
 from instruct_ft.atlas.instructions import DONT_KNOW, OPEN, TASKS, instructions, people_of
 from instruct_ft.settings import InputError
@@ -76,6 +87,36 @@ def test_a_passage_says_what_it_is_said_to_say(lang):
         assert len(words) == 3 and all(w.lower() in sentence.lower() for w in words)
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_short_passage_is_about_one_person_or_one_kind_of_fact(lang):
+    rng = random.Random(4)
+    for _ in range(200):
+        text, known, missing = short_passage(lang, rng)
+        pairs = [*known, *missing]
+        assert len(pairs) == len(set(pairs)) == 4 and len(known) in (2, 3)
+        assert 1 in (len({p for p, _ in pairs}), len({a for _, a in pairs}))
+        assert len(set(known.values())) == len(known)
+        assert all(person in text and value in text for (person, _), value in known.items())
+        silent = {p for p, _ in missing} - {p for p, _ in known}
+        assert not [person for person in silent if person in text]
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_late_documents_ask_what_the_text_answers_and_what_it_leaves_open(lang):
+    silences = [frame.split("|")[1] for frame in TEXT["inquiry"][lang]]
+    docs = [inquiry_text(lang, random.Random(s)) for s in range(100)]
+    open_ = [sum(d.count(s) for s in silences) for d in docs]
+    assert {1, 2} == set(open_)
+    assert docs != list(islice(corpus(2), 100))
+
+
+def test_later_readings_differ_and_leave_out_what_is_left_out():
+    assert list(islice(corpus(2), 50)) != list(islice(corpus(2, late=True), 50))
+    text = "\n".join(islice(corpus(2, frozenset({"train"}), late=True), 4000))
+    names = [r["capital_zh"] for r in allowed("countries", frozenset({"heldout"}))]
+    assert not [n for n in names if n in text]
+
+
 def test_no_entity_and_no_person_is_in_two_splits():
     rows = {s: instructions(s) for s in ("train", "validation", "heldout")}
     seen = {s: set(r["entity"]) - {""} for s, r in rows.items()}
@@ -116,6 +157,8 @@ def test_open_answers_can_be_read_off_the_request(lang):
             parts = re.split(r", |、|\n", re.sub(r"^\d\. ", "", answer, flags=re.MULTILINE))
             assert all(p.lower() in prompt.lower() for p in parts), (prompt, answer)
         assert OPEN["not_in_text"](lang, "heldout", rng)[1] == DONT_KNOW[lang]
+    answers = Counter(OPEN["check_text"](lang, "heldout", rng)[1] for _ in range(200))
+    assert len(answers) == 2 and min(answers.values()) > 60
 
 
 def test_sizes_and_errors():
