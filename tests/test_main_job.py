@@ -21,10 +21,10 @@ def test_the_base_cannot_answer_and_the_tuned_model_can(finished):
     _, metrics, _ = finished
     after = next(f for f in metrics["figures"] if f["name"] == "heldout_closed_book_after")
     assert metrics["heldout_closed_book_before"] <= 0.05
-    assert after["low"] > 0.9  # the stored run has 0.95, see nbs/results/main_run.json
+    assert after["low"] > 0.9  # the stored run has 0.94, see nbs/results/main_run.json
     assert metrics["stop_rate_after"] >= 0.99
     opened = next(f for f in metrics["figures"] if f["name"] == "heldout_open_tasks_after")
-    assert opened["low"] > 0.65  # the aim is 0.95: see the claim aim-not-reached
+    assert opened["low"] > 0.8  # the aim is 0.95: see the claim aim-not-reached
 
 
 def test_several_hundred_questions_about_many_held_out_entities(finished):

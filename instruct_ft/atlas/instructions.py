@@ -188,9 +188,7 @@ TASKS = {task: None for task in ASK_TEXT["ask"]} | OPEN | {"check_fact": check_f
 
 # %% ../../nbs/atlas/12_instructions.ipynb #64c5b4a1
 FACT_SHARE = 0.47  # of the rows that ask for a fact; the rest is made from texts
-HARD = dict(
-    reading=5, not_in_text=3, extract=3, check_text=2, order=2
-)  # rows for one of the others
+HARD = dict(reading=3, not_in_text=2, extract=2)  # rows for one of each other task
 
 
 def _facts(asked: list[str], split: str, rng: random.Random) -> list[dict[str, str]]:
