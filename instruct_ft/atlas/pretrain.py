@@ -239,8 +239,9 @@ def settle_control_tokens(
     "Give the control tokens, which no text has trained, the rows of tokens that do the same work"
     rows, id_of = model.get_input_embeddings().weight, tokenizer.convert_tokens_to_ids
     line_break = tokenizer("\n", add_special_tokens=False).input_ids[0]
-    rows[id_of(TURN_END)] = 0.9 * rows[id_of(END_OF_TEXT)]
-    rows[id_of(TURN_START)] = 0.9 * rows[line_break]
+    end, line = rows[id_of(END_OF_TEXT)].clone(), rows[line_break].clone()
+    rows[id_of(TURN_END)] = 0.75 * end + 0.25 * line
+    rows[id_of(TURN_START)] = 0.25 * end + 0.75 * line
 
 # %% ../../nbs/atlas/13_pretrain.ipynb #ebac04eb
 def save_base(
