@@ -287,7 +287,7 @@ def _rank(sizes: np.ndarray, percent: int) -> int:
     "The smallest of the lengths that `percent` of the texts do not exceed"
     return int(np.percentile(sizes, percent, method="inverted_cdf"))
 
-# %% ../../nbs/tokenization/30_choose.ipynb #7cef0816
+# %% ../../nbs/tokenization/30_choose.ipynb #f26f888a
 @dataclass(frozen=True)
 class ModelSize:
     "The part of a model that does not depend on its tokenizer; bad sizes raise `InputError`"
@@ -297,9 +297,9 @@ class ModelSize:
     tied: Annotated[bool, "is the output layer the embedding itself?"] = True
 
     def __post_init__(self):
-        for name in ("parameters", "width"):
+        for name, kind in dict(parameters=int | float, width=int).items():
             value = getattr(self, name)
-            real = isinstance(value, int | float) and not isinstance(value, bool)
+            real = isinstance(value, kind) and not isinstance(value, bool)
             if not real or not 0 < value < math.inf:
                 raise InputError(
                     f"ModelSize: {name} = {value!r} is no size; give a number above 0."
@@ -312,9 +312,12 @@ def model_size(
     """The size of a model without its embedding
 
     Raises `InputError` for a model without a token embedding."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    find = getattr(model, "get_input_embeddings", None)
+    weight = getattr(find(), "weight", None) if find else None
     if weight is None or weight.dim() != 2:
-        raise InputError(f"model_size: {type(model).__name__} has no token embedding.")
+        raise InputError(
+            f"model_size: a {type(model).__name__} has no token embedding; give a model."
+        )
     head = getattr(model.get_output_embeddings(), "weight", None)
     tied = head is None or head is weight
     rest = (
@@ -569,7 +572,7 @@ def compare_tokenizers(
     by_language.pop("", None)
     return Comparison(lines, {lang: Comparison(few, {}) for lang, few in by_language.items()})
 
-# %% ../../nbs/tokenization/30_choose.ipynb #40b570c3
+# %% ../../nbs/tokenization/30_choose.ipynb #70cfeac7
 _BLUE, _ORANGE, _RED, _GREY = "#4c78a8", "#f58518", "#e45756", "#9d9d9d"
 
 
@@ -583,7 +586,7 @@ def _bars(
         places = [i + high * (k - (len(fields) - 1) / 2) for i in range(len(lines))]
         ax.barh(places, [scale * (v or 0) for v in values], high, color=colour, label=label)
     if len(fields) > 1:
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
 def _lengths(ax: Any, lines: list[Measures]) -> None:
@@ -607,7 +610,7 @@ def _costs(ax: Any, lines: list[Measures]) -> None:
     ax.barh(range(len(lines)), heads, 0.8, color=_ORANGE)
     ax.set_xlabel(f"$10^{{{power}}}$ FLOPs (orange: head)")
 
-# %% ../../nbs/tokenization/30_choose.ipynb #abae8ace
+# %% ../../nbs/tokenization/30_choose.ipynb #e48b0e9c
 def _plot(
     self: Comparison,
 ) -> Any:  # the axes, three or (with a model's size) four
@@ -616,7 +619,7 @@ def _plot(
 
     lines, costs = self.lines, self.lines[0].flops is not None
     shape = dict(
-        figsize=(12 if costs else 9, 1.1 + 0.34 * len(lines)), sharey=True, layout="constrained"
+        figsize=(12 if costs else 9, 1.3 + 0.34 * len(lines)), sharey=True, layout="constrained"
     )
     axes = plt.subplots(1, 3 + costs, **shape)[1]
     units = dict(per_word=("a word", _BLUE), per_character=("a character", _ORANGE))
