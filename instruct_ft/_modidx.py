@@ -1489,6 +1489,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'instruct_ft/tokenization/inspect.py'),
                                                   'instruct_ft.tokenization.inspect._no_template': ( 'tokenization/inspect.html#_no_template',
                                                                                                      'instruct_ft/tokenization/inspect.py'),
+                                                  'instruct_ft.tokenization.inspect._normal': ( 'tokenization/inspect.html#_normal',
+                                                                                                'instruct_ft/tokenization/inspect.py'),
                                                   'instruct_ft.tokenization.inspect._nothing_vanishes': ( 'tokenization/inspect.html#_nothing_vanishes',
                                                                                                           'instruct_ft/tokenization/inspect.py'),
                                                   'instruct_ft.tokenization.inspect._offsets': ( 'tokenization/inspect.html#_offsets',

@@ -152,7 +152,7 @@ _HARD = (
 _RARE = ("ꙮ", "𓀀", "ᯀ", "ꭰ")  # visible characters that few vocabularies have
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #90df749d
+# %% ../../nbs/tokenization/36_inspect.ipynb #d665593d
 class _Subject:
     "What is audited, and what several checks need of it"
 
@@ -168,7 +168,9 @@ class _Subject:
         self.failed: set[str] = set()
         self.backend = self.tokenizer.backend_tokenizer
         self.spec = json.loads(self.backend.to_str())
-        self.vocab: dict[str, int] = self.tokenizer.get_vocab()
+        self.vocab: dict[str, int] = (
+            tokenizer.get_vocab()
+        )  # a copy has lost tokens that share an id
         self.added: dict[int, Any] = self.tokenizer.added_tokens_decoder
         tokens = {role: getattr(self.tokenizer, f"{role}_token") for role in _ROLES}
         self.roles: dict[str, str] = {r: str(t) for r, t in tokens.items() if t is not None}
@@ -440,15 +442,24 @@ def _bytes_are_plain(s: _Subject) -> _Result:
         "no byte is an added token",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #dc350c96
+# %% ../../nbs/tokenization/36_inspect.ipynb #20193286
+def _normal(s: _Subject, i: int) -> str | None:
+    "How a normalised added token is known to the backend; None for other tokens"
+    token, normalizer = s.added.get(i), s.backend.normalizer
+    return (
+        normalizer.normalize_str(token.content)
+        if token and token.normalized and normalizer
+        else None
+    )
+
+
 @_check(
     "Two tokens with one id cannot be told apart: one of them is never learned.",
     "give each token of the vocabulary an id of its own",
 )
 def _ids_lead_back(s: _Subject) -> _Result:
-    bad = [
-        f"{t!r} -> {i} -> {b!r}" for t, i in s.vocab.items() if (b := s.backend.id_to_token(i)) != t
-    ]
+    pairs = [(t, i, s.backend.id_to_token(i)) for t, i in s.vocab.items()]
+    bad = [f"{t!r} -> {i} -> {b!r}" for t, i, b in pairs if b != t and b != _normal(s, i)]
     return _verdict(bad, _some(bad), f"{len(s.vocab)} tokens")
 
 
@@ -463,7 +474,7 @@ def _ids_have_no_gaps(s: _Subject) -> _Result:
     found = f"{len(gaps)} ids have no token ({_some(gaps)}); the largest id is {top}, len(tokenizer) is {len(s.tokenizer)}"
     return _verdict(gaps or beyond, found, f"0 to {top}", "warn" if beyond else "note")
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #6d325222
+# %% ../../nbs/tokenization/36_inspect.ipynb #6b4246a9
 @_check(
     "An id that the model can generate and the tokenizer cannot decode breaks the answer, or stops the server.",
     "for added tokens of a byte-level tokenizer take ASCII names; else give the tokenizer the decoder of its family",
@@ -474,9 +485,12 @@ def _every_id_decodes(s: _Subject) -> _Result:
     bad = [i for i, t in zip(ids, texts, strict=True) if not isinstance(t, str)]
     step = max(1, len(ids) // 2000)
     bad += [i for i in ids[::step] if not isinstance(_attempt(s.text, [i]), str)]
-    wrong = [
-        i for i, t in s.added.items() if t.content.strip() not in (_attempt(s.text, [i]) or "")
-    ]
+    surfaces = {
+        i: (_normal(s, i) or t.content).strip()
+        for i, t in s.added.items()
+        if t.content not in _BYTES
+    }
+    wrong = [i for i, c in surfaces.items() if c not in (_attempt(s.text, [i]) or "")]
     worst = [i for i in wrong if len(s.added[i].content) > 1]
     found = (
         f"cannot be decoded: {s.named(bad)}"
@@ -1219,9 +1233,9 @@ def _saved_ids_are_the_same(s: _Subject) -> _Result:
         f"{len(s.texts)} texts",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #5cbcf3fa
-_SETTINGS = ("chat_template", "model_max_length", "padding_side", "clean_up_tokenization_spaces")
-_UNSAVED = ("truncation_side", "model_input_names")
+# %% ../../nbs/tokenization/36_inspect.ipynb #68d07c3f
+_SETTINGS = ("chat_template", "model_max_length")
+_UNSAVED = ("padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names")
 
 
 @_check(
