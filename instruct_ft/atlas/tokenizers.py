@@ -166,7 +166,10 @@ def new_tokenizer(
     if vocab_size < (least := len(trainer.special_tokens) + 256):
         raise InputError(f"vocab_size = {vocab_size}: {family} needs at least {least}.")
     trainer.vocab_size = vocab_size
-    t.train_from_iterator(docs, trainer)
+    try:
+        t.train_from_iterator(docs, trainer)
+    except Exception as e:  # the trainers raise nothing more exact
+        raise InputError(f"vocab_size = {vocab_size}: {family} cannot be trained: {e}") from e
     t = _ordinary_bytes(t) if family == "llama" else t
     if around:
         _around(t, *around)
