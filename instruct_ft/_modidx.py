@@ -1405,6 +1405,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'instruct_ft/training/trainer.py'),
                                               'instruct_ft.training.trainer.InstructTrainer._get_grad_norm': ( 'training/trainer.html#instructtrainer._get_grad_norm',
                                                                                                                'instruct_ft/training/trainer.py'),
+                                              'instruct_ft.training.trainer.InstructTrainer._get_num_items_in_batch': ( 'training/trainer.html#instructtrainer._get_num_items_in_batch',
+                                                                                                                        'instruct_ft/training/trainer.py'),
                                               'instruct_ft.training.trainer.InstructTrainer.compute_loss': ( 'training/trainer.html#instructtrainer.compute_loss',
                                                                                                              'instruct_ft/training/trainer.py'),
                                               'instruct_ft.training.trainer.InstructTrainer.evaluation_loop': ( 'training/trainer.html#instructtrainer.evaluation_loop',

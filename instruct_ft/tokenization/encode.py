@@ -965,7 +965,7 @@ def _cut_at(row: dict, before: int, after: int) -> dict:
     sizes = dict(before=f"{before} tokens", after=f"{after} tokens")
     return dict(id=str(row.get("id")), field="messages", rule="answer cut") | sizes
 
-# %% ../../nbs/tokenization/31_encode.ipynb #c7c09850
+# %% ../../nbs/tokenization/31_encode.ipynb #03fe440f
 def _columns(rows: Dataset | list[dict]) -> tuple[list, list]:
     "Conversations and tools of the rows; `InputError` where there are no messages"
     table = isinstance(rows, Dataset)
@@ -1009,4 +1009,5 @@ def _aside(row: dict, reason: str) -> dict:
     try:
         return aside(row, "encode", reason)
     except TypeError:
-        return aside(row | {"messages": ascii(row["messages"])}, "encode", reason)
+        plain = {name: ascii(row[name]) for name in ("messages", "tools") if name in row}
+        return aside(row | plain, "encode", reason)
