@@ -833,7 +833,7 @@ def family(name):
     if name == "atlas":
         return AutoTokenizer.from_pretrained(atlas_path("decoder"))
     if name in FAMILIES:
-        tok = family_tokenizer(name, vocab_size=2500)
+        tok = family_tokenizer(name)
         tok.add_special_tokens({"additional_special_tokens": IM})
         return tok
     return MADE[name]()

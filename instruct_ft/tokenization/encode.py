@@ -925,7 +925,7 @@ def encode_prompt(
         raise InputError("nothing to answer: the prompt has no tokens")
     return ids
 
-# %% ../../nbs/tokenization/31_encode.ipynb #ea1b0ff9
+# %% ../../nbs/tokenization/31_encode.ipynb #eb5fd644
 _BLOCK = 1000  # conversations encoded at a time: bounds the memory
 
 
@@ -965,7 +965,7 @@ def _cut_at(row: dict, before: int, after: int) -> dict:
     sizes = dict(before=f"{before} tokens", after=f"{after} tokens")
     return dict(id=str(row.get("id")), field="messages", rule="answer cut") | sizes
 
-# %% ../../nbs/tokenization/31_encode.ipynb #03fe440f
+# %% ../../nbs/tokenization/31_encode.ipynb #413d3101
 def _columns(rows: Dataset | list[dict]) -> tuple[list, list]:
     "Conversations and tools of the rows; `InputError` where there are no messages"
     table = isinstance(rows, Dataset)
