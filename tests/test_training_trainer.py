@@ -720,7 +720,7 @@ def test_weights_of_0_and_1_are_a_mask_and_weighted_validation_is_a_mean(tmp_pat
     trainer = InstructTrainer(make(), arguments(tmp_path, 3), rows, some, micro_tokens=50)
     total, n = learned_loss(trainer.model, collate(some))
     assert n == pytest.approx(sum(map(sum, (e.loss_mask for e in some))))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(total) / n)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total.item() / n)
     smooth = arguments(tmp_path, 3, label_smoothing_factor=0.1)
     with pytest.raises(InputError, match="prompt_weight"):
         InstructTrainer(make(), smooth, some).train()
