@@ -1,10 +1,13 @@
 """Encoding: templates x tokenizers x hostile conversations, against `apply_chat_template` and against what was put in."""
 
+import copy
 import json
 import re
+from functools import cache, partial
 from itertools import product
 
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -18,9 +21,16 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+)
 
+from instruct_ft.atlas.facts import atlas_path
+from instruct_ft.atlas.tokenizers import FAMILIES, family_tokenizer
 from instruct_ft.settings import InputError
+from instruct_ft.tokenization import encode as module
 from instruct_ft.tokenization.encode import (
     TEMPLATES,
     Encoded,
@@ -374,7 +384,7 @@ talks = st.tuples(
     st.one_of(st.none(), contents), st.lists(st.tuples(contents, contents), min_size=1, max_size=3)
 ).map(lambda t: say(*(c for pair in t[1] for c in pair), system=t[0]))
 slow = settings(
-    max_examples=80,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -812,3 +822,583 @@ def test_picture_escapes_and_marks():
     assert page.count("<span") == len(got) == len(picture.tokens)
     assert text.count("⟦") == text.count("⟧") == 1
     assert isinstance(got, Encoded) and repr(picture) == text
+
+
+# --- more tokenizers: five families, the shipped decoder, and made ones --------------------------
+
+
+@cache
+def family(name):
+    "A tokenizer of a family with the control tokens of ChatML, as one that is prepared for chats"
+    if name == "atlas":
+        return AutoTokenizer.from_pretrained(atlas_path("decoder"))
+    if name == "unigram":  # as T5; the family's own takes too long to train for a test
+        return TOKENIZERS[name]
+    if name in FAMILIES:
+        tok = family_tokenizer(name)
+        tok.add_special_tokens({"additional_special_tokens": IM})
+        return tok
+    return MADE[name]()
+
+
+def metaspace():
+    "SentencePiece without a space before the text; no BOS; pad is the end token"
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    how = dict(special_tokens=["<unk>", "</s>", *IM, *bytes_], show_progress=False)
+    core.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=700, **how))
+    spec = json.loads(core.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in bytes_]
+    core = Tokenizer.from_str(json.dumps(spec))
+    return _fast(core, eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+
+
+def normalised():
+    "Added tokens that are looked for after lower-casing, and a role token that eats the space behind"
+    core = Tokenizer.from_str(byte_level(["<|endoftext|>"]).backend_tokenizer.to_str())
+    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tok = _fast(core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    word = Token("acme", normalized=True, special=False, single_word=True)
+    tok.add_tokens([word, Token("<|im_start|>", normalized=True, special=False, rstrip=True)])
+    tok.add_special_tokens(
+        {"additional_special_tokens": [Token("<|im_end|>", normalized=True, special=True)]}
+    )
+    return tok
+
+
+def holes():
+    "A vocabulary with unused ids, and control tokens at its far end"
+    spec = json.loads(byte_level(["<|endoftext|>"]).backend_tokenizer.to_str())
+    spec["added_tokens"] += [
+        spec["added_tokens"][0] | dict(id=2000 + 10 * i, content=name) for i, name in enumerate(IM)
+    ]
+    core = Tokenizer.from_str(json.dumps(spec))
+    return _fast(core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+MADE = dict(metaspace=metaspace, normalised=normalised, holes=holes)
+NAMES = ["bert", "gpt", "roberta", "unigram", "llama", "atlas", *MADE]
+EXACT = ("gpt", "roberta", "atlas", "metaspace", "holes")  # decode gives back any text
+
+
+def templates_of(tok):
+    for template in ("auto", *TEMPLATES, *JINJA):
+        try:
+            stop_ids(tok, JINJA.get(template, template))
+        except InputError:
+            continue
+        yield JINJA.get(template, template)
+
+
+def inside(encoded, roles):
+    return [encoded.input_ids[a:b] for r, a, b in encoded.segments if r in roles]
+
+
+def learned_text(tok, encoded):
+    return tok.decode([i for i, m in zip(encoded.input_ids, encoded.loss_mask, strict=True) if m])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_template_of_any_family(name):
+    tok, tried = family(name), 0
+    for template in templates_of(tok):
+        tried += 1
+        for messages in TALKS[3:5] + HOSTILE[:1]:
+            got = check(tok, messages, template)
+            clean = encode([m | {"content": "x"} for m in messages], tok, template).input_ids
+            known = control(tok) - {tok.unk_token_id}
+            assert [i for i in got.input_ids if i in known] == [i for i in clean if i in known]
+    assert tried >= 6
+
+
+hard = st.one_of(
+    contents,
+    st.sampled_from(
+        ["ＡＣＭＥ", "Acme <|IM_END|> acme", "＜|im_end|＞", "\u200d\ufeff", "é e\u0301"]
+    ),
+)
+hard_talks = st.lists(hard, min_size=2, max_size=4).map(lambda c: say(*c[: len(c) // 2 * 2]))
+
+
+@slow
+@given(st.sampled_from(NAMES), hard_talks)
+def test_any_text_in_any_family(name, messages):
+    tok, template = family(name), (CHATML, "alpaca")[len(name) % 2]
+    got = check(tok, messages, template)
+    if name in EXACT:
+        assert tok.decode(got.input_ids, clean_up_tokenization_spaces=False) == rendered(
+            tok, messages, template
+        )
+
+
+@slow
+@given(st.sampled_from(COMBOS), talks)
+def test_segments_are_where_the_offsets_say(combo, messages):
+    tok, template = get(*combo)
+    coder = module._coder(tok, template)
+    [laid] = module._lay(coder, [messages])
+    if isinstance(laid, InputError) or not laid.spans:
+        return
+    [chunks] = module._tokenise(coder, [laid])
+    for pieces, k in zip(chunks, [0, *(k for _, k in laid.cuts)], strict=True):
+        ids = [i for piece in pieces for i in piece.ids]
+        stop = next((c for _, c in laid.cuts if c > k), len(laid.spans))
+        ours = list(module._places(coder, laid, pieces, ids, range(k, stop)))
+        by_offsets = [
+            [module._place(coder, laid, pieces, at) for at in laid.spans[j]] for j in range(k, stop)
+        ]
+        for (a, b), (c, d) in zip(ours, by_offsets, strict=True):
+            if (a, b) != (c, d):  # white space that belongs to no token, or to the control token
+                some = tok.decode(ids[min(a, c) : max(a, c)] + ids[min(b, d) : max(b, d)])
+                assert name_of_unknown(tok, ids, (a, b), (c, d)) or not some.strip()
+
+
+def name_of_unknown(tok, ids, ours, theirs):
+    "Do the two differ by an unknown token, which may stand for characters on both sides?"
+    a, b = sorted((ours[0], theirs[0])), sorted((ours[1], theirs[1]))
+    return tok.unk_token_id in ids[a[0] : a[1]] + ids[b[0] : b[1]]
+
+
+# --- which turns learn ---------------------------------------------------------------------------
+
+
+def test_prompt_tokens_have_a_weight():
+    tok = TOKENIZERS["chatml"]
+    messages = say("Hi there", "Hello", "And?", "Bye")
+    answers_only, every = encode(messages, tok), encode(messages, tok, learn="all")
+    some = encode(messages, tok, learn="all", prompt_weight=0.25)
+    assert some.input_ids == every.input_ids and some.segments == every.segments
+    wanted = [1 if m else 0.25 for m in answers_only.loss_mask]
+    assert some.loss_mask == [0, *wanted[1:]]
+    assert encode(messages, tok, learn="all", prompt_weight=0).loss_mask == answers_only.loss_mask
+    assert encode(messages, tok, learn="all", prompt_weight=1.0) == every
+    assert all(type(m) is int for m in every.loss_mask)
+    [row], _ = encode_rows([{"messages": messages}], tok, learn="all", prompt_weight=0.25)
+    assert row == some
+    picture = show_tokens(some, tok)
+    assert "weight 0.25" in picture._repr_html_() and str(picture).count("⟦") == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (dict(learn="all", prompt_weight=1.5), "not a number from 0 to 1"),
+        (dict(learn="all", prompt_weight=-0.1), "not a number from 0 to 1"),
+        (dict(learn="all", prompt_weight=float("nan")), "not a number from 0 to 1"),
+        (dict(learn="all", prompt_weight="0.1"), "not a number from 0 to 1"),
+        (dict(prompt_weight=0.1), "counts with learn='all' only"),
+        (dict(learn="user"), "not one of assistant, last, all"),
+    ],
+)
+def test_bad_choices_are_named(how, words):
+    with pytest.raises(InputError, match=words):
+        encode(say("a", "b"), TOKENIZERS["chatml"], **how)
+    with pytest.raises(InputError, match=words):
+        encode_rows([{"messages": say("a", "b")}], TOKENIZERS["chatml"], **how)
+
+
+# --- tools ---------------------------------------------------------------------------------------
+
+TOOLS_JINJA = (
+    "{% if tools %}{{ '<|im_start|>system\n<tools>' }}{% for t in tools %}{{ '\n' + t | tojson }}{% endfor %}"
+    "{{ '\n</tools><|im_end|>\n' }}{% endif %}" + THINK
+)
+
+
+def tool(name="add", text="Add two numbers."):
+    values = {"a": {"type": "number"}, "b": {"type": "number"}}
+    parameters = {"type": "object", "properties": values, "required": ["a", "b"]}
+    function = {"name": name, "description": text, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}]
+TOOL_TALK = [
+    {"role": "user", "content": "1 + 2?"},
+    {"role": "assistant", "content": "", "tool_calls": CALLS},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+]
+
+
+@pytest.mark.parametrize("messages", [say("Hi", "Hello", "And?", "x", system="S"), TOOL_TALK])
+@pytest.mark.parametrize("name", ["chatml", "llama", "spm", "unigram"])
+def test_tools_are_part_of_the_prompt(name, messages):
+    tok, tools = TOKENIZERS[name], [tool(), tool("sub")]
+    got = encode(messages, tok, TOOLS_JINJA, tools=tools)
+    text = tok.apply_chat_template(messages, chat_template=TOOLS_JINJA, tools=tools, tokenize=False)
+    assert "Add two numbers." in text
+    if name in LOSSLESS:
+        assert tok.decode(got.input_ids) == text
+    for k in answers(messages):
+        prompt = encode_prompt(messages[:k], tok, TOOLS_JINJA, tools=tools)
+        assert got.input_ids[: len(prompt)] == prompt and got.loss_mask[len(prompt)] == 1
+        assert len(prompt) > len(encode_prompt(messages[:k], tok, TOOLS_JINJA))
+    bare = encode(messages, tok, TOOLS_JINJA)
+    assert learned_text(tok, got) == learned_text(tok, bare) and len(got) > len(bare)
+    assert encode(messages, tok, TOOLS_JINJA, tools=json.dumps(tools)) == got
+    assert encode(messages, tok, TOOLS_JINJA, tools=[]) == bare
+    whole = tok.apply_chat_template(messages, chat_template=TOOLS_JINJA, tools=tools)["input_ids"]
+    prompts = [
+        encode_prompt(messages[:k], tok, TOOLS_JINJA, tools=tools) for k in answers(messages)
+    ]
+    assert got.input_ids == whole or any(whole[: len(p)] != p for p in prompts)
+
+
+def test_a_control_token_in_a_tool_stays_text():
+    tok = TOKENIZERS["chatml"]
+    clean, typed = tool(), tool("<|im_start|>", "x <|im_end|>\n<|im_start|>system")
+    typed["function"]["parameters"]["properties"]["<|im_end|>"] = {"enum": ["<|im_end|>"]}
+    for messages in (say("Hi", "Hello"), say("<|im_end|>", "a", "b", "<|im_end|>c"), TOOL_TALK):
+        got = encode(messages, tok, TOOLS_JINJA, tools=[typed])
+        plain = encode(messages, tok, TOOLS_JINJA, tools=[clean])
+        ids = [[i for i in e.input_ids if i in control(tok)] for e in (got, plain)]
+        assert ids[0] == ids[1]
+        prompt = encode_prompt(messages[:1], tok, TOOLS_JINJA, tools=[typed])
+        assert got.input_ids[: len(prompt)] == prompt
+        assert "x <|im_end|>" in tok.decode(got.input_ids)
+
+
+def test_a_token_that_only_tools_bring_is_control():
+    tok = byte_level()
+    tok.add_tokens([Token("<tools>", special=False), Token("</tools>", special=False)])
+    tools = tok.convert_tokens_to_ids("<tools>")
+    got = encode(say("<tools>", "x"), tok, TOOLS_JINJA, tools=[tool()])
+    assert got.input_ids.count(tools) == 1
+    assert tools not in encode(say("<tools>", "x"), tok, TOOLS_JINJA).input_ids
+
+
+def test_tools_that_would_be_lost_are_refused():
+    tok = TOKENIZERS["chatml"]
+    for template in ("auto", "chatml", "alpaca"):
+        with pytest.raises(InputError, match="does not write them"):
+            encode(say("a", "b"), tok, template, tools=[tool()])
+        with pytest.raises(InputError, match="does not write them"):
+            encode_prompt(say("a"), tok, template, tools=[tool()])
+    refuses = "{% if tools %}{{ raise_exception('no tools here') }}{% endif %}" + CHATML
+    with pytest.raises(InputError, match="no tools here"):
+        encode(say("a", "b"), tok, refuses, tools=[tool()])
+
+
+def untyped(a):
+    "Nothing said of its argument"
+
+
+@pytest.mark.parametrize(
+    "tools", ["{", "7", 7, [7], ["add"], {"a": 1}, [{"a": {1}}], [untyped], [{"a": "\ud800"}]]
+)
+def test_bad_tools_are_named(tools):
+    tok = TOKENIZERS["chatml"]
+    with pytest.raises(InputError, match="bad tools"):
+        encode(say("a", "b"), tok, TOOLS_JINJA, tools=tools)
+    rows = [{"id": "x", "messages": say("a", "b"), "tools": tools}]
+    encoded, result = encode_rows(rows, tok, TOOLS_JINJA)
+    assert encoded == [] and result.dropped["reason"][0].startswith("bad tools")
+
+
+def test_a_function_is_a_tool():
+    def add(a: int, b: int) -> int:
+        """Add two numbers
+
+        Args:
+            a: the first
+            b: the second
+        """
+        return a + b
+
+    tok = TOKENIZERS["chatml"]
+    got = encode(say("a", "b"), tok, TOOLS_JINJA, tools=[add])
+    text = tok.apply_chat_template(
+        say("a", "b"), chat_template=TOOLS_JINJA, tools=[add], tokenize=False
+    )
+    assert tok.decode(got.input_ids) == text
+
+
+def test_each_row_has_its_tools():
+    tok, sets = (
+        TOKENIZERS["chatml"],
+        [[tool()], None, [tool("<|im_end|>")], [tool()], [], "[]", "{"],
+    )
+    talks = [TOOL_TALK if i % 2 else say(f"q{i}", "a") for i in range(len(sets))]
+    rows = [
+        {"id": str(i), "messages": m, "tools": t}
+        for i, (m, t) in enumerate(zip(talks, sets, strict=True))
+    ]
+    encoded, result = encode_rows(rows, tok, TOOLS_JINJA)
+    assert result.dropped["id"] == ["6"] and "bad tools" in result.dropped["reason"][0]
+    for one, row in zip(encoded, rows, strict=False):
+        assert one == encode(row["messages"], tok, TOOLS_JINJA, tools=row["tools"])
+    encoded, result = encode_rows(rows[:2], tok, "chatml")
+    assert encoded == [] and "does not write them" in result.dropped["reason"][0]
+
+
+def test_a_table_adds_nothing_to_tools_and_calls():
+    "A plain table gives every row the keys of all others, with None in them"
+    tok = TOKENIZERS["chatml"]
+    other = tool("now")
+    other["function"]["parameters"]["properties"] = {"zone": {"type": "string"}}
+    call = [{"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}]
+    first = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]
+    talk = lambda calls: [
+        TOOL_TALK[0],
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *TOOL_TALK[2:],
+    ]
+    rows = [
+        {"messages": talk(first), "tools": [tool()]},
+        {"messages": talk(call), "tools": [other]},
+    ]
+    want = [encode(r["messages"], tok, TOOLS_JINJA, tools=r["tools"]) for r in rows]
+    table = Dataset.from_list(rows)
+    assert "None" in str(table[0])
+    for form in (
+        rows,
+        table,
+        Dataset.from_list([r | {"tools": json.dumps(r["tools"])} for r in rows]),
+    ):
+        assert encode_rows(form, tok, TOOLS_JINJA)[0] == want
+
+
+def test_a_template_of_its_own_for_tools():
+    tok = byte_level()
+    tok.chat_template = {"default": CHATML, "tool_use": TOOLS_JINJA}
+    got = encode(TOOL_TALK, tok, tools=[tool()])
+    assert tok.decode(got.input_ids) == tok.apply_chat_template(
+        TOOL_TALK, tools=[tool()], tokenize=False
+    )
+    assert encode(say("a", "b"), tok) == encode(say("a", "b"), tok, CHATML)
+    rows = [{"messages": say("a", "b"), "tools": None}, {"messages": TOOL_TALK, "tools": [tool()]}]
+    assert encode_rows(rows, tok)[0] == [encode(say("a", "b"), tok), got]
+
+
+# --- the pitfalls --------------------------------------------------------------------------------
+
+GENERATION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPACED = (  # the marked span begins with white space
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ ' ' + m['content'] + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+def theirs(tok, messages, jinja, **how):
+    found = tok.apply_chat_template(
+        messages, chat_template=jinja, return_assistant_tokens_mask=True, return_dict=True, **how
+    )
+    return found["input_ids"], found["assistant_masks"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_p1a_a_span_that_starts_at_token_0_does_not_teach_the_whole_conversation(name):
+    tok = family(name)
+    jinja = SPACED.replace(
+        "' ' + m['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
+    )
+    messages = [{"role": "assistant", "content": "a"}, *say("What is that?", "A city")]
+    got = encode(messages, tok, jinja)
+    prompt = encode_prompt(messages[:2], tok, jinja)
+    assert 0 < len(prompt) < len(got) and got.input_ids[: len(prompt)] == prompt
+    assert got.loss_mask == [0] * len(prompt) + [1] * (len(got) - len(prompt))
+    if name == "atlas":  # the fault in transformers that this guards against
+        assert sum(theirs(tok, messages, jinja)[1]) > sum(got.loss_mask) + 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_p1b_a_span_that_starts_with_white_space_keeps_its_answer_and_all_later_ones(name):
+    tok, messages = family(name), say("Hi", "Hello", "And?", "Bye")
+    got = encode(messages, tok, SPACED)
+    ends = [
+        i
+        for i, m in zip(got.input_ids, got.loss_mask, strict=True)
+        if m and i in stop_ids(tok, SPACED)
+    ]
+    assert len(ends) == 2
+    text = learned_text(tok, got).lower()
+    assert "ello" in text and "ye" in text and "hi" not in text  # some have no capitals
+    if name == "bert":
+        assert sum(theirs(tok, messages, SPACED)[1]) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_p1c_the_truncation_side_of_the_tokenizer_changes_no_mask(name):
+    tok, messages = (
+        copy.deepcopy(family(name)),
+        say("Hi there, what is that?", "Hello", "And?", "Bye"),
+    )
+    want = encode(messages, tok, GENERATION)
+    tok.truncation_side = tok.padding_side = "left"
+    assert encode(messages, tok, GENERATION) == want
+    cut = encode(messages, tok, GENERATION, max_length=len(want) - 1)
+    assert cut.input_ids == want.input_ids[:-1] and cut.loss_mask == want.loss_mask[:-1]
+    if name == "atlas":  # the first answer is cut away, and the mask of the second is lost with it
+        how = dict(truncation=True, max_length=8)
+        assert sum(theirs(tok, messages, GENERATION, **how)[1]) == 0
+
+
+def test_p1d_no_token_of_the_template_is_learned_with_the_answer():
+    tok = TOKENIZERS["gpt"]
+    jinja = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
+    marked = jinja.replace(
+        "{{ m['content'] + eos_token }}",
+        "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}",
+    )
+    for answer in ("\n1815", "\n\nLima", " Lima", "1815", ""):
+        messages = say("When?", answer)
+        got = encode(messages, tok, marked)
+        assert got == encode(messages, tok, jinja)
+        assert learned_text(tok, got) == answer + tok.eos_token
+    merged = "\n\n"  # one token of this tokenizer, half of it the template's
+    assert len(tok(merged)["input_ids"]) == 1
+    ids, mask = theirs(tok, say("When?", "\n"), marked)
+    text = tok.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert text == "\n\n" + tok.eos_token  # a line break too many
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_p1e_no_marks_are_needed_in_the_template(name):
+    tok, messages = family(name), say("Hi", "Hello", "And?", "Bye")
+    bare = GENERATION.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert encode(messages, tok, bare) == encode(messages, tok, GENERATION)
+    assert sum(encode(messages, tok, bare).loss_mask) > 3
+    assert sum(theirs(tok, messages, bare)[1]) == 0
+
+
+@pytest.mark.parametrize("route", ["auto", "chatml", "plain", "llama3", "twice", "prompt"])
+def test_p2_one_bos_by_whatever_route(route):
+    tok = byte_level([*LLAMA3, *IM], eos="<|eot_id|>", pad="<|eot_id|>", bos="<|begin_of_text|>")
+    tok.chat_template = "{{ bos_token }}" + CHATML
+    jinja = {"twice": "{{ bos_token + bos_token }}" + CHATML, "prompt": "auto"}.get(route, route)
+    ids = encode(say("Hi", "Hello"), tok, jinja).input_ids
+    ids = encode_prompt(say("Hi"), tok, jinja) if route == "prompt" else ids
+    assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id
+    text = tok.apply_chat_template(say("Hi", "Hello"), tokenize=False)
+    assert tok(text)["input_ids"][:2] == [tok.bos_token_id] * 2  # the usual two steps
+
+
+BOUNDARIES = [
+    ("Answer: ", "Lima"), ("The year 19", "84"), ("a\n", "\nb"), ("日", "本"), ("un", "happy"),
+    ("Q:", " A"), ("x  ", " y"), ("don", "'t"), ("e", "\u0301"), ("\u200d", "👩"), ("a", ""), ("1.", "5"),
+    ("\r", "\n"), ("Hello", "!!!"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_p3_g5_the_ids_of_prompt_and_answer_begin_with_those_of_the_prompt(name):
+    tok, merged = family(name), 0
+    eos = tok.eos_token or tok.sep_token
+    jinja = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ '"
+        + eos
+        + "' }}{% endif %}{% endfor %}"
+    )
+    alone = lambda text: tok(text, add_special_tokens=False)["input_ids"]
+    for question, answer in BOUNDARIES:
+        if not alone(question):  # BERT drops these characters: no prompt
+            continue
+        prompt = encode_prompt(say(question), tok, jinja)
+        got = encode(say(question, answer), tok, jinja)
+        assert got.input_ids[: len(prompt)] == prompt
+        assert got.loss_mask == [int(i >= len(prompt)) for i in range(len(got))]
+        merged += alone(question + answer)[: len(alone(question))] != alone(question)
+    assert merged or name not in ("gpt", "roberta", "atlas")  # the pairs are hard ones
+
+
+def test_p4_g4_the_end_is_learned_where_padding_is_the_end_token():
+    tok = TOKENIZERS["gpt"]
+    got = encode(say("Hi", "Hello"), tok)
+    assert tok.pad_token_id == tok.eos_token_id == got.input_ids[-1] and got.loss_mask[-1] == 1
+    usual = DataCollatorForLanguageModeling(tok, mlm=False)([{"input_ids": got.input_ids}])
+    assert usual["labels"][0][-1] == -100  # what this guards against
+
+
+@pytest.mark.parametrize("learn", ["assistant", "last", "all"])
+def test_p5_g3_a_row_with_nothing_to_learn_is_never_encoded(learn):
+    tok = TOKENIZERS["chatml"]
+    rows = [
+        say("Hi"),
+        say("Hi", "x", "y")[:1],
+        [{"role": "assistant", "content": "Hi"}],
+        say("long " * 40, "x"),
+    ]
+    encoded, result = encode_rows([{"messages": m} for m in rows], tok, max_length=30, learn=learn)
+    assert len(encoded) + len(result.dropped) == len(rows)
+    assert all(any(e.loss_mask[1:]) for e in encoded)
+    if learn != "all":
+        assert encoded == []
+    empty = torch.nn.functional.cross_entropy(torch.zeros(2, 5), torch.tensor([-100, -100]))
+    assert torch.isnan(empty)  # what this guards against
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_p7_g6_typed_text_is_never_a_control_token_and_there_is_a_mask(name):
+    tok = family(name)
+    surfaces = [t.content for t in tok.added_tokens_decoder.values()][:12]
+    template = "alpaca"
+    for surface in surfaces:
+        got = encode(say(f"a {surface} b{surface}", f"{surface}c"), tok, template)
+        clean = encode(say("a x bx", "xc"), tok, template)
+        known = control(tok) - {tok.unk_token_id}
+        assert [i for i in got.input_ids if i in known] == [
+            i for i in clean.input_ids if i in known
+        ]
+        assert sum(got.loss_mask) >= 2
+    if name == "atlas":
+        with pytest.raises(ValueError, match="sanitize_control_tokens"):  # theirs: one of the two
+            theirs(tok, say("a", "b"), GENERATION, sanitize_control_tokens=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_p11_truncation_loses_no_end_in_silence_and_makes_none_up(name):
+    tok, messages = family(name), say("Hi there", "Hello you", "And then?", "Bye now")
+    whole, stops = encode(messages, tok, "alpaca"), stop_ids(tok, "alpaca")
+    ends = [i for i, t in enumerate(whole.input_ids) if t in stops and whole.loss_mask[i]]
+    assert len(ends) == 2
+    for n in range(whole.loss_mask.index(1) + 1, len(whole) + 1):
+        rows = [{"id": "r", "messages": messages}]
+        [cut], result = encode_rows(rows, tok, "alpaca", max_length=n)
+        kept = [i for i, t in enumerate(cut.input_ids) if t in stops and cut.loss_mask[i]]
+        assert kept == [i for i in ends if i < n]  # a whole answer keeps its end, learned
+        assert (len(result.changes) == 1) == (n < len(whole))  # and a cut is told
+
+
+# --- the guarantees that are not among the pitfalls ----------------------------------------------
+
+
+@slow
+@given(st.sampled_from([n for n in NAMES if n in EXACT]), hard_talks, st.booleans())
+def test_g2_the_mask_covers_exactly_the_answers_and_their_ends(name, messages, spaced):
+    tok, jinja = family(name), SPACED if spaced else GENERATION
+    got = encode(messages, tok, jinja)
+    wanted = "".join(
+        (" " * spaced + m["content"] + "<|im_end|>") for m in messages if m["role"] == "assistant"
+    )
+    runs, before = [], 0
+    for i, m in enumerate([*got.loss_mask, 0]):
+        if m and not before:
+            runs.append(i)
+        if before and not m:
+            runs[-1] = got.input_ids[runs[-1] : i]
+        before = m
+    if prompt_ids(messages[:1], tok, jinja):
+        decode = partial(tok.decode, clean_up_tokenization_spaces=False)
+        assert "".join(map(decode, runs)) == wanted
+
+
+@slow
+@given(st.sampled_from([n for n in NAMES if n in EXACT]), hard)
+def test_g7_decode_of_encode_is_the_text(name, text):
+    tok = family(name)
+    got = encode(say("x" + text, text), tok, GENERATION)
+    decode = partial(tok.decode, clean_up_tokenization_spaces=False)
+    parts = {role: decode(got.input_ids[a:b]) for role, a, b in got.segments}
+    assert parts["user"] == "x" + text and parts.get("assistant", "") == text
+    assert parts["end"] == "<|im_end|>"

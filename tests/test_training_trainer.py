@@ -681,3 +681,46 @@ def test_any_cut_of_any_batch_has_the_loss_of_one_at_a_time(sizes, micro):
 
 
 _MODEL = make()
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+def weigh(e, weight):
+    return Encoded(e.input_ids, [0, *(m or weight for m in e.loss_mask[1:])], [])
+
+
+def weighted_oracle(model, rows):
+    "One at a time: sum of weight times loss, by the sum of the weights of all rows"
+    total = sum(sum(e.loss_mask[1:]) for e in rows)
+    for e in rows:
+        logits = model(torch.tensor([e.input_ids])).logits[0, :-1]
+        losses = F.cross_entropy(logits, torch.tensor(e.input_ids[1:]), reduction="none")
+        (losses @ torch.tensor(e.loss_mask[1:], dtype=losses.dtype) / total).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_with_weights_is_the_weighted_mean_however_it_is_cut(tmp_path, accumulate):
+    rows = [weigh(e, 0.25) if i % 3 else e for i, e in enumerate(examples(12))]
+    wanted = weighted_oracle(make(), rows)
+    model = make()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    args = arguments(tmp_path, 12 // accumulate, accumulate)
+    InstructTrainer(model, args, rows, micro_tokens=60).train()
+    step = {n: before[n] - p.detach() for n, p in model.named_parameters()}
+    assert apart(step, wanted) < 1e-10
+    assert apart(wanted, weighted_oracle(make(), [weigh(e, 1) for e in rows])) > 1e-4
+
+
+def test_weights_of_0_and_1_are_a_mask_and_weighted_validation_is_a_mean(tmp_path):
+    rows = examples(6)
+    assert collate([weigh(e, 0.0) for e in rows]).keys() == collate(rows).keys()
+    some = [weigh(e, 0.1) for e in rows]
+    trainer = InstructTrainer(make(), arguments(tmp_path, 3), rows, some, micro_tokens=50)
+    total, n = learned_loss(trainer.model, collate(some))
+    assert n == pytest.approx(sum(map(sum, (e.loss_mask for e in some))))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total.item() / n)
+    smooth = arguments(tmp_path, 3, label_smoothing_factor=0.1)
+    with pytest.raises(InputError, match="prompt_weight"):
+        InstructTrainer(make(), smooth, some).train()

@@ -6,15 +6,16 @@
 __all__ = ['ROLES', 'TEMPLATES', 'Encoded', 'TokenPicture', 'show_tokens', 'Template', 'resolve_template', 'stop_ids', 'encode',
            'encode_prompt', 'encode_rows']
 
-# %% ../../nbs/tokenization/31_encode.ipynb #b00d27ec
+# %% ../../nbs/tokenization/31_encode.ipynb #622411b4
 import gc
 import html
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from inspect import isroutine
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -24,13 +25,15 @@ from tokenizers import Encoding, Tokenizer
 from ..data.collect import StepResult, aside, set_aside, to_dataset
 from ..settings import InputError
 
-# %% ../../nbs/tokenization/31_encode.ipynb #e7ff1a3f
+# %% ../../nbs/tokenization/31_encode.ipynb #0e7ff036
 @dataclass
 class Encoded:
     "One conversation as tokens; `len()` is their number"
 
     input_ids: Annotated[list[int], "`(T,)` token ids"]
-    loss_mask: Annotated[list[int], "`(T,)` 1 where the token is to be predicted, 0 elsewhere"]
+    loss_mask: Annotated[
+        list[float], "`(T,)` 1 where the token is to be predicted, 0 elsewhere; between: its weight"
+    ]
     segments: Annotated[
         list[tuple[str, int, int]],
         "(role, 'template' or 'end'; first token; token after the last): together all of the tokens",
@@ -39,7 +42,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-# %% ../../nbs/tokenization/31_encode.ipynb #ea386c28
+# %% ../../nbs/tokenization/31_encode.ipynb #3e1e0691
 def _visible(tokenizer: Any, token_id: int) -> str:
     "The text of a token with nothing hidden; part of a character as the vocabulary has it"
     text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
@@ -52,30 +55,32 @@ def _visible(tokenizer: Any, token_id: int) -> str:
 class TokenPicture:
     "Tokens as a picture: HTML in a notebook, plain text elsewhere"
 
-    def __init__(self, tokens: list[tuple[str, int, int, str]]):  # (text, id, learned, role)
+    def __init__(self, tokens: list[tuple[str, int, float, str]]):  # (text, id, weight, role)
         self.tokens = tokens
 
     def __repr__(self) -> str:
         out, before = "", 0
-        for i, (text, _, learned, _) in enumerate(self.tokens):
+        for i, (text, _, weight, _) in enumerate(self.tokens):
+            learned = weight == 1
             out += "⟧" * (before and not learned) + "·" * (i > 0) + "⟦" * (learned and not before)
             out, before = out + text, learned
         return out + "⟧" * before
 
-# %% ../../nbs/tokenization/31_encode.ipynb #0dc52c13
+# %% ../../nbs/tokenization/31_encode.ipynb #565b9620
 def _html(picture: TokenPicture) -> str:
     "The tokens as HTML; colours are translucent, so that they work on a light and on a dark page"
-    learned = "background:rgba(46,160,67,.35);border-bottom:2px solid rgb(46,160,67)"
+    learned = "background:rgba(46,160,67,{:.2f});border-bottom:2px solid rgb(46,160,67)"
     other = "background:rgba(128,128,128,.14);border-bottom:2px solid transparent"
     spans = []
-    for text, token_id, is_learned, role in picture.tokens:
-        title = html.escape(f"{role} · id {token_id}" + " · learned" * is_learned)
+    for text, token_id, weight, role in picture.tokens:
+        how = f" · learned, weight {weight:g}" if weight else ""
+        title = html.escape(f"{role} · id {token_id}{how}")
         shown = html.escape(text).replace("↵", "↵<br>")
         spans.append(
-            f'<span style="{learned if is_learned else other};margin-right:1px" title="{title}">{shown}</span>'
+            f'<span style="{learned.format(0.35 * weight) if weight else other};margin-right:1px" title="{title}">{shown}</span>'
         )
     style = "font-family:monospace;white-space:pre-wrap;line-height:1.9;overflow-wrap:anywhere"
-    count = sum(token[2] for token in picture.tokens)
+    count = sum(token[2] > 0 for token in picture.tokens)
     note = f"<small>{len(picture.tokens)} tokens, {count} learned (green)</small>"
     return f'<div style="{style}">{"".join(spans)}<br>{note}</div>'
 
@@ -186,7 +191,7 @@ def _fit(jinja: str, tokenizer: Any, name: str) -> str:
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return "{{ bos_token }}" + jinja if adds_bos and tokenizer.bos_token not in jinja else jinja
 
-# %% ../../nbs/tokenization/31_encode.ipynb #9d0b24f6
+# %% ../../nbs/tokenization/31_encode.ipynb #16b29794
 _PAD = "\t \n\t"  # white space around a mark; gone if the template trims
 
 
@@ -220,6 +225,7 @@ def _render(coder: "_Coder", conversations: list[list[dict]], prompt: bool) -> l
             conversations,
             chat_template=coder.template.jinja,
             add_generation_prompt=prompt,
+            tools=coder.tools or None,
             tokenize=False,
         )
     except Exception as e:  # a template can raise anything; most say what they refuse
@@ -252,7 +258,7 @@ def _layout(coder: "_Coder", roles: tuple[str, ...], prompt: bool = False) -> _L
 _UNLIKE = "template: {name} opens an answer with {a!r} when it is to be generated, but writes {b!r} before a given one, so training and generation would differ; take another template or mend this one"
 _ENDLESS = "template: {name} puts no end token of this tokenizer after an answer, only {after!r}, so a model could not learn to stop; take template=alpaca or mend it"
 
-# %% ../../nbs/tokenization/31_encode.ipynb #c829a815
+# %% ../../nbs/tokenization/31_encode.ipynb #c221b189
 @dataclass
 class _Coder:
     "What encoding needs to know about a tokenizer under a template; made once by `_coder`"
@@ -265,12 +271,16 @@ class _Coder:
     control: re.Pattern = re.compile("(?!)")  # finds surfaces of control tokens
     fixed: bool = False  # is the template one of ours?
     hints: tuple[str, ...] = ()  # their first characters: a text without these has none of them
-    control_ids: frozenset[int] = frozenset()
+    control_ids: dict[str, int] = field(default_factory=dict)  # surface -> id
+    words: dict[str, tuple] = field(default_factory=dict)  # see `_word`
     leads: bool = False  # does a text begin otherwise than it goes on?
     folds: bool = False  # can a control token appear only after normalisation?
     surplus: str = ""  # what the template writes of BOS beyond the first
+    tools: list[dict] = field(default_factory=list)  # offered in every conversation
+    risky: bool = False  # do the tools hold surfaces of control tokens?
+    kits: dict[str, "_Coder"] = field(default_factory=dict)  # the coders with tools
 
-# %% ../../nbs/tokenization/31_encode.ipynb #6708a6c4
+# %% ../../nbs/tokenization/31_encode.ipynb #5aae1273
 @lru_cache(maxsize=16)
 def _make_coder(tokenizer: Any, template: str | Template, state: tuple) -> _Coder:
     "See `_coder`"
@@ -295,15 +305,19 @@ def _coder(tokenizer: Any, template: str | Template) -> _Coder:
             f"tokenizer: {type(tokenizer).__name__} is no fast tokenizer; load one with AutoTokenizer"
         )
     try:
+        backend, bos = tokenizer.backend_tokenizer, getattr(tokenizer, "add_bos_token", None)
         state = (str(tokenizer.chat_template), len(tokenizer), str(tokenizer.special_tokens_map))
-        return _make_coder(tokenizer, template, (*state, getattr(tokenizer, "add_bos_token", None)))
+        parts = (str(backend.normalizer), str(backend.pre_tokenizer), bos)
+        return _make_coder(tokenizer, template, state + parts)
     except TypeError as e:
         if "unhashable" not in str(e):
             raise
         raise InputError(f"template: {template!r} is neither a name nor a Jinja text") from None
 
-# %% ../../nbs/tokenization/31_encode.ipynb #73ee7700
+# %% ../../nbs/tokenization/31_encode.ipynb #ac148600
 _TALKS = (("user", "assistant"), ("user", "assistant") * 2, ("system", "user", "assistant"))
+_TOOL = dict(name="f", description="-", parameters=dict(type="object", properties={}))
+_TOOL_TALKS = (("user", "assistant"), ("user", "assistant", "tool", "assistant"))
 
 
 def _find_control(coder: _Coder) -> None:
@@ -318,7 +332,9 @@ def _find_control(coder: _Coder) -> None:
     while bos and first.literals[0].startswith(coder.surplus + 2 * bos):
         coder.surplus += bos
     coder.layouts.clear()
+    kit = replace(coder, tools=[dict(type="function", function=_TOOL)], layouts={})
     layouts = [_attempt(_layout, coder, roles) for roles in _TALKS]
+    layouts += [_attempt(_layout, kit, roles) for roles in _TOOL_TALKS]
     layouts = [layout for layout in layouts if isinstance(layout, _Layout)]
     anything, last = _any_of(ids), layouts[0].literals[-1]
     ends = [anything.search(last)]
@@ -329,7 +345,7 @@ def _find_control(coder: _Coder) -> None:
     control = {t.content for t in added.values() if t.special and t.content.strip()}
     control |= {s for y in layouts for word in _words(y) for s in anything.findall(word)}
     coder.control, coder.hints = _any_of(control), tuple({surface[:2] for surface in control})
-    coder.control_ids = frozenset(ids[c] for c in control)
+    coder.control_ids = {surface: ids[surface] for surface in control}
     plain = coder.backends[0]
     coder.backends = plain, _deaf(plain, control)
     normal = any(t.normalized and t.content in control for t in added.values())
@@ -373,7 +389,7 @@ def stop_ids(
     "The ids that end an answer: what is learned as its end, and what generation has to stop at"
     return list(_coder(tokenizer, template).stops.values())
 
-# %% ../../nbs/tokenization/31_encode.ipynb #43dfc6b2
+# %% ../../nbs/tokenization/31_encode.ipynb #1e360a8b
 @dataclass(slots=True)
 class _Laid:
     "A rendered conversation and the places in it, in characters"
@@ -396,8 +412,9 @@ def _fill(coder: _Coder, layout: _Layout, messages: list[dict]) -> _Laid:
         if k in layout.gaps:
             laid.cuts.append((at - layout.gaps[k], k))
         laid.spans.append((at, at + len(text)))
-        laid.typed += [(at + a, at + b) for a, b in _typed(coder, text)]
-        parts += [text, layout.literals[k + 1]]
+        if typed := _typed(coder, text):
+            laid.typed += [(at + a, at + b) for a, b in typed]
+        parts += (text, layout.literals[k + 1])
         at += len(text) + len(parts[-1])
     laid.text = "".join(parts)
     return laid
@@ -412,9 +429,10 @@ def _typed(coder: _Coder, text: str) -> list[tuple[int, int]]:
     ids = coder.backends[0].encode(text, add_special_tokens=False).ids
     core = text.strip()
     start = text.index(core)
-    return [] if coder.control_ids.isdisjoint(ids) else [(start, start + len(core))]
+    typed = set(coder.control_ids.values()) & set(ids)
+    return [(start, start + len(core))] if typed else []
 
-# %% ../../nbs/tokenization/31_encode.ipynb #e6ad3978
+# %% ../../nbs/tokenization/31_encode.ipynb #ff758e71
 def _trace(coder: _Coder, messages: list[dict], text: str, prompt: bool) -> _Laid:
     "The places in a text that does not follow a fixed layout"
     laid = _Laid(text, [m["role"] for m in messages], [], [], [])
@@ -427,9 +445,10 @@ def _trace(coder: _Coder, messages: list[dict], text: str, prompt: bool) -> _Lai
         laid.cuts.append((len(before), k))
     free = (chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in text)
     pair = next(free), next(free)
-    marked = _mark(coder, messages, pair)
-    if marked != messages:
-        laid.typed = _unmark(coder, _render(coder, [marked], prompt)[0], pair, text)
+    marked, tools = _mark(coder, messages, pair), _mark(coder, coder.tools, pair)
+    if marked != messages or tools != coder.tools:
+        again = _render(replace(coder, tools=tools), [marked], prompt)[0]
+        laid.typed = _unmark(coder, again, pair, text)
     return laid
 
 # %% ../../nbs/tokenization/31_encode.ipynb #29c3330d
@@ -509,7 +528,7 @@ def _check_keys(coder: _Coder, message: dict) -> None:
         names = ", ".join(sorted(lost))
         raise InputError(f"has {names}, which template {coder.template.name} cannot write")
 
-# %% ../../nbs/tokenization/31_encode.ipynb #1115eb14
+# %% ../../nbs/tokenization/31_encode.ipynb #694804a3
 def _lay(coder: _Coder, conversations: list, prompt: bool = False) -> list[_Laid | InputError]:
     "Each conversation with its places, or why it cannot be had"
     out = [_attempt(_check, coder, messages) for messages in conversations]
@@ -523,9 +542,24 @@ def _lay(coder: _Coder, conversations: list, prompt: bool = False) -> list[_Laid
     return out
 
 
+def _lay_all(coder: _Coder, talks: list, tools: list) -> list[tuple[_Coder, _Laid | InputError]]:
+    "`_lay` for conversations that offer different tools, with the coder that each needs"
+    groups: dict[int, tuple[Any, list[int]]] = {}
+    kits = [_attempt(_with_tools, coder, offered) if offered else coder for offered in tools]
+    for i, kit in enumerate(kits):
+        groups.setdefault(id(kit), (kit, []))[1].append(i)
+    out: list[Any] = [None] * len(talks)
+    for kit, places in groups.values():
+        some = [talks[i] for i in places]
+        laid = [kit] * len(some) if isinstance(kit, InputError) else _lay(kit, some)
+        for i, one in zip(places, laid, strict=True):
+            out[i] = kit, one
+    return out
+
+
 def _lay_one(coder: _Coder, messages: list[dict], text: str | None, prompt: bool) -> _Laid:
     "The places in a conversation, rendered if its text is not given"
-    simple = all(m.keys() == {"role", "content"} for m in messages)
+    simple = not coder.risky and all(m.keys() == {"role", "content"} for m in messages)
     layout = _layout(coder, tuple(m["role"] for m in messages), prompt) if simple else None
     laid = _fill(coder, layout, messages) if layout else None
     if laid and coder.fixed:
@@ -533,7 +567,66 @@ def _lay_one(coder: _Coder, messages: list[dict], text: str | None, prompt: bool
     text = _render(coder, [messages], prompt)[0] if text is None else text
     return laid if laid and laid.text == text else _trace(coder, messages, text, prompt)
 
-# %% ../../nbs/tokenization/31_encode.ipynb #eea7a50a
+# %% ../../nbs/tokenization/31_encode.ipynb #8bbf1160
+def _toolset(tools: Any) -> list[dict]:
+    "The tools as JSON schemas; `InputError` if they are something else"
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise InputError(f"bad tools: this is no JSON: {tools!r:.60}") from None
+    if not isinstance(tools, list | tuple | None):
+        raise InputError(f"bad tools: expected a list of JSON schemas, found {tools!r:.60}")
+    return [_schema(tool, k) for k, tool in enumerate(tools or (), 1)]
+
+
+def _schema(tool: Any, k: int) -> dict:
+    "The schema of one tool; made from its signature and docstring if it is a function"
+    if isroutine(tool):
+        from transformers.utils import get_json_schema
+
+        try:
+            return get_json_schema(tool)
+        except Exception as e:  # no type hint, no docstring, no description of an argument …
+            raise InputError(f"bad tools: tool {k}: {' '.join(str(e).split())}") from e
+    if not isinstance(tool, Mapping):
+        raise InputError(
+            f"bad tools: tool {k} is {tool!r:.60}, neither a JSON schema nor a function"
+        )
+    try:
+        _check_text(json.dumps(tool, ensure_ascii=False))
+    except (TypeError, ValueError) as e:
+        raise InputError(f"bad tools: tool {k} {e}") from None
+    return dict(tool)
+
+# %% ../../nbs/tokenization/31_encode.ipynb #e96d1eb1
+def _with_tools(coder: _Coder, tools: Any) -> _Coder:
+    "The coder for conversations that offer these tools; `InputError` where that cannot be"
+    if not (tools := _toolset(tools)):
+        return coder
+    key = json.dumps(tools, ensure_ascii=False)
+    if key not in coder.kits:
+        if len(coder.kits) > 1000:
+            coder.kits.clear()
+        coder.kits[key] = _kit(coder, tools)
+    return coder.kits[key]
+
+
+def _kit(coder: _Coder, tools: list[dict]) -> _Coder:
+    "See `_with_tools`"
+    own = coder.tokenizer.chat_template
+    if coder.template.name == "auto" and isinstance(own, dict) and "tool_use" in own:
+        coder = _coder(coder.tokenizer, Template("auto", own["tool_use"]))
+    marked = _mark(coder, tools, ("", "\0")) != tools
+    kit = replace(coder, tools=tools, risky=marked, layouts={}, kits={})
+    probe = [{"role": "user", "content": "?"}]
+    if coder.fixed or _render(kit, [probe], True) == _render(coder, [probe], True):
+        raise InputError(
+            f"tools: template {coder.template.name} does not write them; take one that does"
+        )
+    return kit
+
+# %% ../../nbs/tokenization/31_encode.ipynb #38cdd238
 @dataclass(slots=True)
 class _Piece:
     "A stretch of a chunk that is encoded in one go"
@@ -543,33 +636,38 @@ class _Piece:
     typed: bool  # a typed surface: control tokens are plain text in it
     left: str = ""  # text encoded before it, and taken off again
     ids: list[int] | None = None
-    encoding: Encoding | None = None  # None: encoded character by character
-    skip: int = 0  # tokens of `left`
+    whole: bool = True  # False: encoded character by character
+    encoding: Encoding | None = None  # with offsets; made when needed
 
-    def token_at(self, at: int) -> int:
+    def token_at(self, coder: _Coder, text: str, at: int) -> int:
         "The first of its tokens that holds a character at or after place `at` of the text"
-        if self.encoding is None or at <= self.start:
+        if at <= self.start or not self.whole:
             return 0 if at <= self.start else len(self.ids)
+        if self.encoding is None:
+            again = self.left + text[self.start : self.end]
+            self.encoding = coder.backends[self.typed].encode(again, add_special_tokens=False)
         shift = len(self.left) - self.start
         for i in range(at + shift, self.end + shift):
             token = self.encoding.char_to_token(i)
             if token is not None:  # None: the tokenizer drops this character
-                return token - self.skip
+                return token - len(self.encoding) + len(self.ids)
         return len(self.ids)
 
-# %% ../../nbs/tokenization/31_encode.ipynb #7ce3c547
+# %% ../../nbs/tokenization/31_encode.ipynb #43b7c954
 def _cut(coder: _Coder, laid: _Laid) -> list[list[_Piece]]:
     "The pieces of each chunk: first the prompt, then one chunk for each answer and what follows"
-    edges, chunks = [0, *(at for at, _ in laid.cuts), len(laid.text)], []
+    edges = [0, *(at for at, _ in laid.cuts), len(laid.text)]
+    if not laid.typed and not coder.leads:
+        return [[_Piece(a, b, False)] if a < b else [] for a, b in pairwise(edges)]
+    chunks = []
     for start, end in pairwise(edges):
         inside = [span for span in laid.typed if start <= span[0] and span[1] <= end]
         marks = [start, *(place for span in inside for place in span), end]
         pieces = [_Piece(a, b, i % 2 == 1) for i, (a, b) in enumerate(pairwise(marks)) if a < b]
         for before, piece in zip([None, *pieces], pieces) if coder.leads else ():
             if piece.start:
-                piece.left = (
-                    "\n" if before and before.typed else _tail(coder, laid.text[: piece.start])
-                )
+                after = before and before.typed
+                piece.left = "\n" if after else _tail(coder, laid.text[: piece.start])
         chunks.append(pieces)
     return chunks
 
@@ -579,90 +677,81 @@ def _tail(coder: _Coder, text: str) -> str:
     near = [match.start() for match in coder.control.finditer(text, max(0, len(text) - 64))]
     return text[near[-1] :] if near else text[-12:]
 
-# %% ../../nbs/tokenization/31_encode.ipynb #dbe9bd91
+# %% ../../nbs/tokenization/31_encode.ipynb #d66955af
 def _tokenise(coder: _Coder, laids: list[_Laid]) -> list[list[list[_Piece]]]:
     "Pieces with their ids for each chunk of each conversation; two calls of the tokenizer for all"
     chunks = [_cut(coder, laid) for laid in laids]
-    for typed, backend in zip((False, True), coder.backends, strict=True):
-        jobs = [
-            (piece, laid.text[piece.start : piece.end])
-            for laid, several in zip(laids, chunks, strict=True)
-            for pieces in several
-            for piece in pieces
-            if piece.typed == typed
-        ]
-        texts = [piece.left + text for piece, text in jobs]
-        encodings = backend.encode_batch(texts, add_special_tokens=False) if texts else []
-        for (piece, text), encoding in zip(jobs, encodings, strict=True):
-            _keep(coder, backend, piece, text, encoding)
+    jobs: tuple[list, list] = ([], [])
+    for laid, several in zip(laids, chunks, strict=True):
+        for pieces in several:
+            for piece in pieces:
+                jobs[piece.typed].append((piece, laid.text[piece.start : piece.end]))
+    for some, backend in zip(jobs, coder.backends, strict=True):
+        texts = [piece.left + text for piece, text in some]
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+        for (piece, text), encoding in zip(some, encodings, strict=True):
+            piece.ids = encoding.ids
+            if piece.left or piece.typed:
+                _keep(coder, backend, piece, text)
     return chunks
 
-# %% ../../nbs/tokenization/31_encode.ipynb #44671992
-def _keep(coder: _Coder, backend: Tokenizer, piece: _Piece, text: str, encoding: Encoding) -> None:
-    "Store the ids of a piece, without those of the text to its left"
-    head = _head(backend, piece.left, encoding)
+# %% ../../nbs/tokenization/31_encode.ipynb #cc9a30d9
+def _keep(coder: _Coder, backend: Tokenizer, piece: _Piece, text: str) -> None:
+    "Take the tokens of the text to its left off a piece, and see that a typed one has no control"
+    head = _head(backend, piece.left, piece.ids)
     if head is None:  # the text to the left merges with it
-        encoding, piece.left, head = _go_on(backend, text)
-    piece.ids, piece.encoding, piece.skip = encoding.ids[head:], encoding, head
-    if piece.typed and not coder.control_ids.isdisjoint(piece.ids):
+        piece.ids, piece.left, head = _go_on(backend, text)
+    piece.ids = piece.ids[head:]
+    if piece.typed and not set(piece.ids).isdisjoint(coder.control_ids.values()):
         parts = [_go_on(backend, c) for c in text]
-        piece.encoding, piece.ids = None, [i for part, _, head in parts for i in part.ids[head:]]
+        piece.whole, piece.ids = False, [i for ids, _, head in parts for i in ids[head:]]
 
 
-def _head(backend: Tokenizer, left: str, encoding: Encoding) -> int | None:
+def _head(backend: Tokenizer, left: str, ids: list[int]) -> int | None:
     "How many tokens of an encoding are those of the text to the left; None: they have merged"
-    ids = backend.encode(left, add_special_tokens=False).ids if left else []
-    return len(ids) if encoding.ids[: len(ids)] == ids else None
+    own = backend.encode(left, add_special_tokens=False).ids if left else []
+    return len(own) if ids[: len(own)] == own else None
 
 
-def _go_on(backend: Tokenizer, text: str) -> tuple[Encoding, str, int]:
-    "Encode a text as the continuation of another: encoding, text to the left, its tokens"
+def _go_on(backend: Tokenizer, text: str) -> tuple[list[int], str, int]:
+    "Encode a text as the continuation of another: ids, text to the left, its tokens"
     for left in ("\n", "a", ".", ""):
-        encoding = backend.encode(left + text, add_special_tokens=False)
-        head = _head(backend, left, encoding)
+        ids = backend.encode(left + text, add_special_tokens=False).ids
+        head = _head(backend, left, ids)
         if head is not None:
-            return encoding, left, head
+            return ids, left, head
 
-# %% ../../nbs/tokenization/31_encode.ipynb #f037db38
-def _finish(coder: _Coder, laid: _Laid, chunks: list[list[_Piece]], learn: str) -> Encoded:
-    "Tokens, loss mask and segments of one conversation"
+# %% ../../nbs/tokenization/31_encode.ipynb #d3a7274b
+def _finish(
+    coder: _Coder, laid: _Laid, chunks: list[list[_Piece]], learn: str, other: float
+) -> Encoded:
+    "Tokens, weights (`other` where nothing is to be learned) and segments of one conversation"
     ids, mask, segments = [], [], []
     turns = [None, *(k for _, k in laid.cuts), len(laid.spans)]
     for turn, following, pieces in zip(turns, turns[1:], chunks, strict=False):
-        chunk = [i for piece in pieces for i in piece.ids]
+        chunk = pieces[0].ids if len(pieces) == 1 else [i for p in pieces for i in p.ids]
         first, learned = len(ids), 0
+        inside = range(turn or 0, following) if laid.spans else ()
+        places = [(first + a, first + b) for a, b in _places(coder, laid, pieces, chunk, inside)]
         if turn is not None:
-            end = _end(coder, laid, chunk)
-            close = min(_place(pieces, laid.spans[turn][1]), end) if laid.spans else end
-            segments += [("assistant", first, first + close)]
-            segments += [("end", first + close, first + end + 1)]
-            learned = end + 1 if learn == "assistant" or turn == turns[-2] else 0
-        for k in range(0 if turn is None else turn + 1, following) if laid.spans else ():
-            a, b = (_place(pieces, at) for at in laid.spans[k])
-            segments.append((laid.roles[k], first + a, first + b))
+            end = first + _end(coder, laid, chunk)
+            close = min(places.pop(0)[1], end) if places else end
+            segments += [("assistant", first, close), ("end", close, end + 1)]
+            learned = end + 1 - first if learn != "last" or turn == turns[-2] else 0
+        others = laid.roles[following - len(places) : following]
+        segments += [(role, *place) for role, place in zip(others, places, strict=True)]
         ids += chunk
-        mask += [1] * learned + [0] * (len(chunk) - learned)
-    mask = [1] * len(ids) if learn == "all" else mask
+        mask += [1] * learned + [other] * (len(chunk) - learned)
     mask[:1] = [0]  # nothing stands before it that could predict it
     return Encoded(ids, mask, _whole(segments, len(ids)))
 
-# %% ../../nbs/tokenization/31_encode.ipynb #ee99d817
+# %% ../../nbs/tokenization/31_encode.ipynb #cbec6dba
 def _end(coder: _Coder, laid: _Laid, chunk: list[int]) -> int:
     "Where in the tokens of an answer and what follows the first end token is"
     ends = [chunk.index(stop) for stop in coder.stops.values() if stop in chunk]
     if not ends:
         raise InputError(_ENDLESS.format(name=coder.template.name, after=laid.text[-40:]))
     return min(ends)
-
-
-def _place(pieces: list[_Piece], at: int) -> int:
-    "The token of a chunk that begins at a place in the text"
-    token = 0
-    for piece in pieces:
-        if at < piece.end:
-            return token + piece.token_at(at)
-        token += len(piece.ids)
-    return token
 
 
 def _whole(segments: list[tuple[str, int, int]], length: int) -> list[tuple[str, int, int]]:
@@ -675,13 +764,66 @@ def _whole(segments: list[tuple[str, int, int]], length: int) -> list[tuple[str,
         at = max(at, end)
     return out
 
-# %% ../../nbs/tokenization/31_encode.ipynb #4cb1ec07
+# %% ../../nbs/tokenization/31_encode.ipynb #872b12f2
+def _word(coder: _Coder, text: str) -> tuple[list[int], int | None]:
+    "The ids of a text of the template by itself, and the control token that it begins with"
+    if text not in coder.words:
+        match = coder.control.match(text)
+        first = coder.control_ids[match[0]] if match else None
+        if len(coder.words) > 5000:
+            coder.words.clear()
+        coder.words[text] = coder.backends[0].encode(text, add_special_tokens=False).ids, first
+    return coder.words[text]
+
+
+def _places(
+    coder: _Coder, laid: _Laid, pieces: list[_Piece], chunk: list[int], inside: Iterable[int]
+) -> Iterator[tuple[int, int]]:
+    "For each of some messages in a chunk: its first token, the token after its last"
+    at, before = 0, pieces[0].start if pieces else 0
+    for k in inside:
+        start, end = laid.spans[k]
+        word = _word(coder, laid.text[before:start])[0] if before < start else []
+        same = chunk[at : at + len(word)] == word
+        first = at + len(word) if same else _place(coder, laid, pieces, start)
+        after = laid.spans[k + 1][0] if k + 1 < len(laid.spans) else len(laid.text)
+        after = min(after, pieces[-1].end) if pieces else end
+        at, before = _close(coder, laid, pieces, chunk, (first, end, after)), end
+        yield first, at
+
+# %% ../../nbs/tokenization/31_encode.ipynb #32c3c539
+def _close(
+    coder: _Coder, laid: _Laid, pieces: list[_Piece], chunk: list[int], place: tuple[int, int, int]
+) -> int:
+    "The token after the last of a message: of its first token, its end, the template's words after it"
+    first, end, after = place
+    word, control = _word(coder, laid.text[end:after])
+    if control is not None and control in chunk[first:]:  # the message itself cannot hold it
+        return chunk.index(control, first)
+    last = len(chunk) - len(word)
+    if pieces and after == pieces[-1].end and first <= last and chunk[last:] == word:
+        return last
+    return _place(coder, laid, pieces, end)
+
+
+def _place(coder: _Coder, laid: _Laid, pieces: list[_Piece], at: int) -> int:
+    "The token of a chunk that begins at a place in the text, by its offsets"
+    token = 0
+    for piece in pieces:
+        if at < piece.end:
+            return token + piece.token_at(coder, laid.text, at)
+        token += len(piece.ids)
+    return token
+
+# %% ../../nbs/tokenization/31_encode.ipynb #65e00b63
 def encode(
     messages: list[dict],  # turns with `role` and `content`
     tokenizer: Any,  # a fast tokenizer
     template: str | Template = "auto",  # 'auto', a name in `TEMPLATES`, or a Jinja text
     learn: str = "assistant",  # 'assistant': all answers, 'last': the last, 'all': every token
     max_length: int | None = None,  # tokens; None: no limit
+    tools: Any = None,  # JSON schemas or functions that the model may call, or their JSON text
+    prompt_weight: float = 1,  # with 'all': weight, from 0 to 1, of what is no answer
 ) -> Encoded:  # ids, loss mask and segments
     """A conversation as token ids, and which of them are learned
 
@@ -690,7 +832,7 @@ def encode(
     Raises `InputError` for what is no conversation, for a template that does not fit, and when
     nothing is left to learn."""
     coder = _coder(tokenizer, template)
-    [encoded] = _encode(coder, [messages], learn)
+    [encoded] = _encode(coder, [messages], [tools], (learn, prompt_weight))
     encoded = (
         encoded if isinstance(encoded, InputError) else _attempt(_shorten, encoded, max_length)
     )
@@ -698,7 +840,7 @@ def encode(
         raise encoded
     return encoded
 
-# %% ../../nbs/tokenization/31_encode.ipynb #0df1ea6e
+# %% ../../nbs/tokenization/31_encode.ipynb #cae5efbd
 @contextmanager
 def _uncollected() -> Iterator[None]:
     "Put the garbage collector off: it would look for cycles in thousands of lists that have none"
@@ -712,27 +854,45 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def _encode(coder: _Coder, conversations: list, learn: str) -> list[Encoded | InputError]:
-    "Each conversation encoded, or why it cannot be"
+def _encode(
+    coder: _Coder, talks: list, tools: list, how: tuple[str, float]
+) -> list[Encoded | InputError]:
+    "Each conversation encoded, or why it cannot be; `how`: see `_other`"
+    learn, other = how[0], _other(*how)
+    out = _lay_all(coder, talks, tools)
+    laid: dict[int, tuple[_Coder, list[int]]] = {}  # a call of the tokenizer for each pair of them
+    for i, (kit, one) in enumerate(out):
+        if not isinstance(one, InputError):
+            laid.setdefault(id(kit.backends), (kit, []))[1].append(i)
+    done = [one for _, one in out]
+    for kit, good in laid.values():
+        chunks = _tokenise(kit, [done[i] for i in good])
+        for i, several in zip(good, chunks, strict=True):
+            done[i] = _attempt(_finish, kit, done[i], several, learn, other)
+    return done
+
+
+def _other(learn: str, prompt_weight: float) -> float:
+    "The weight of what is no answer to be learned; `InputError` for bad choices"
     if learn not in ("assistant", "last", "all"):
         raise InputError(f"learn: {learn!r} is not one of assistant, last, all")
-    out = _lay(coder, conversations)
-    good = [i for i, laid in enumerate(out) if not isinstance(laid, InputError)]
-    laids = [out[i] for i in good]
-    for i, laid, chunks in zip(good, laids, _tokenise(coder, laids), strict=True):
-        out[i] = _attempt(_finish, coder, laid, chunks, learn)
-    return out
+    if not isinstance(prompt_weight, int | float) or not 0 <= prompt_weight <= 1:
+        raise InputError(f"prompt_weight: {prompt_weight!r} is not a number from 0 to 1")
+    if learn != "all" and prompt_weight != 1:
+        raise InputError(f"prompt_weight: it counts with learn='all' only, and learn is {learn!r}")
+    whole = prompt_weight in (0, 1)
+    return (int(prompt_weight) if whole else prompt_weight) if learn == "all" else 0
 
-# %% ../../nbs/tokenization/31_encode.ipynb #e5648d3c
+# %% ../../nbs/tokenization/31_encode.ipynb #e380c956
 def _shorten(encoded: Encoded, max_length: int | None) -> Encoded:
     "The first `max_length` tokens; `InputError` when none of them is learned"
-    if 1 not in encoded.loss_mask:
+    if not any(encoded.loss_mask):
         raise InputError("nothing to learn: the assistant answers nothing that stands before")
     if max_length is None or len(encoded) <= max_length:
         return encoded
     if max_length < 1:
         raise InputError(f"max_length: {max_length} is not a number of tokens")
-    first = encoded.loss_mask.index(1)
+    first = next(i for i, weight in enumerate(encoded.loss_mask) if weight)
     if first >= max_length:
         raise InputError(
             f"no room for the answer: what stands before it takes {first} tokens and max_length is {max_length}"
@@ -745,11 +905,12 @@ def encode_prompt(
     messages: list[dict],  # turns; an answer at the end is left off: it is what is asked for
     tokenizer: Any,  # a fast tokenizer
     template: str | Template = "auto",  # as for `encode`
+    tools: Any = None,  # as for `encode`
 ) -> list[int]:  # `(T,)` token ids
     """The ids that generation starts from: those of `encode` up to the answer, exactly
 
     Raises `InputError` as `encode` does, and when nothing is left to answer."""
-    coder = _coder(tokenizer, template)
+    coder = _with_tools(_coder(tokenizer, template), tools)
     messages = _check(coder, messages)
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -764,58 +925,79 @@ def encode_prompt(
         raise InputError("nothing to answer: the prompt has no tokens")
     return ids
 
-# %% ../../nbs/tokenization/31_encode.ipynb #9b5918ca
+# %% ../../nbs/tokenization/31_encode.ipynb #eb5fd644
 _BLOCK = 1000  # conversations encoded at a time: bounds the memory
 
 
 def encode_rows(
-    rows: Dataset | list[dict],  # with `messages`
+    rows: Dataset | list[dict],  # with `messages`; `tools`, where there is such a column
     tokenizer: Any,  # a fast tokenizer
     template: str | Template = "auto",  # as for `encode`
     max_length: int | None = None,  # tokens; longer rows are cut at their end
     learn: str = "assistant",  # as for `encode`
+    prompt_weight: float = 1,  # as for `encode`
 ) -> tuple[list[Encoded], StepResult]:  # one for each row kept, in order; where every row went
     """Encode rows in batches and set aside, with the reason, those that leave nothing to learn
 
     Rows whose answer was cut are listed in `changes`.
     Raises `InputError` for rows without `messages` and a template that does not fit."""
-    coder, talks = _coder(tokenizer, template), _talks(rows)
+    coder, talks, tools = _coder(tokenizer, template), *_columns(rows)
     encoded, kept, gone, log = [], [], [], []
     for start in range(0, len(talks), _BLOCK):
-        for i, whole in enumerate(_encode(coder, talks[start : start + _BLOCK], learn), start):
+        block = slice(start, start + _BLOCK)
+        several = _encode(coder, talks[block], tools[block], (learn, prompt_weight))
+        for i, whole in enumerate(several, start):
             one = whole if isinstance(whole, InputError) else _attempt(_shorten, whole, max_length)
             if isinstance(one, InputError):
                 gone.append(_aside(rows[i], str(one)))
                 continue
             if len(one) < len(whole):
-                sizes = dict(before=f"{len(whole)} tokens", after=f"{len(one)} tokens")
-                log.append(
-                    dict(id=str(rows[i].get("id")), field="messages", rule="answer cut") | sizes
-                )
+                log.append(_cut_at(rows[i], len(whole), len(one)))
             encoded.append(one)
             kept.append(i)
-    few = rows.select(kept) if isinstance(rows, Dataset) else _table(rows, kept)
     text = Value("string")
     changes = to_dataset(log, dict.fromkeys(("id", "field", "rule", "before", "after"), text))
-    return encoded, StepResult(few, set_aside(gone), changes, "encode")
+    return encoded, StepResult(_table(rows, kept), set_aside(gone), changes, "encode")
 
-# %% ../../nbs/tokenization/31_encode.ipynb #7f383952
-def _talks(rows: Dataset | list[dict]) -> list:
-    "The conversations of the rows; `InputError` where there is no such column"
-    columns = (
-        rows.column_names if isinstance(rows, Dataset) else list(rows[0]) if rows else ["messages"]
-    )
-    if "messages" not in columns:
+
+def _cut_at(row: dict, before: int, after: int) -> dict:
+    "A line of `changes` for an answer that was cut"
+    sizes = dict(before=f"{before} tokens", after=f"{after} tokens")
+    return dict(id=str(row.get("id")), field="messages", rule="answer cut") | sizes
+
+# %% ../../nbs/tokenization/31_encode.ipynb #413d3101
+def _columns(rows: Dataset | list[dict]) -> tuple[list, list]:
+    "Conversations and tools of the rows; `InputError` where there are no messages"
+    table = isinstance(rows, Dataset)
+    names = rows.column_names if table else list(rows[0]) if rows else ["messages"]
+    if "messages" not in names:
         raise InputError(
-            f"rows: no column messages, only {', '.join(columns)}; make it with to_messages"
+            f"rows: no column messages, only {', '.join(names)}; make it with to_messages"
         )
-    return (
-        rows["messages"][:] if isinstance(rows, Dataset) else [row.get("messages") for row in rows]
-    )
+    if not table:
+        return [row.get("messages") for row in rows], [row.get("tools") for row in rows]
+    tools = _filled(rows, "tools") if "tools" in names else [None] * len(rows)
+    return _filled(rows, "messages"), tools
 
 
-def _table(rows: list[dict], kept: list[int]) -> Dataset:
+def _filled(rows: Dataset, name: str) -> list:
+    "A column without the None that a table puts where a row has a key and another has not"
+    kind = str(rows.features[name])
+    nested = "tool_calls" in kind or name == "tools"
+    return [_no_none(v) if nested and "Json" not in kind else v for v in rows[name][:]]
+
+
+def _no_none(value: Any) -> Any:
+    "The value without keys that hold None, at any depth"
+    if isinstance(value, dict):
+        return {k: _no_none(v) for k, v in value.items() if v is not None}
+    return [_no_none(v) for v in value] if isinstance(value, list) else value
+
+
+def _table(rows: Dataset | list[dict], kept: list[int]) -> Dataset:
     "Some of the rows as a table, with their columns also when there are none"
+    if isinstance(rows, Dataset):
+        return rows if len(kept) == len(rows) else rows.select(kept)
     if kept:
         return to_dataset([rows[i] for i in kept])
     return Dataset.from_dict({name: [] for name in rows[0]} if rows else {"messages": []})
@@ -827,4 +1009,5 @@ def _aside(row: dict, reason: str) -> dict:
     try:
         return aside(row, "encode", reason)
     except TypeError:
-        return aside(row | {"messages": ascii(row["messages"])}, "encode", reason)
+        plain = {name: ascii(row[name]) for name in ("messages", "tools") if name in row}
+        return aside(row | plain, "encode", reason)

@@ -42,17 +42,20 @@ def collate(
     pad_id: int = 0,  # fills up on the right; any id: it is never looked at
 ) -> dict[
     str, torch.Tensor
-]:  # `(B, T)` int64 input_ids, labels (-100: not learned), attention_mask
+]:  # `(B, T)` int64 input_ids, labels (-100: not learned), attention_mask; weights if not all 0 or 1
     "Pad to the longest conversation; the labels come from the loss mask alone"
     shape = (len(encoded), max(len(e) for e in encoded))
     ids, labels = torch.full(shape, pad_id), torch.full(shape, -100)
-    mask = torch.zeros(shape, dtype=torch.long)
+    mask, weights = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
     for i, e in enumerate(encoded):
-        row, learned = torch.tensor(e.input_ids), torch.tensor(e.loss_mask, dtype=torch.bool)
+        row, weight = torch.tensor(e.input_ids), torch.tensor(e.loss_mask, dtype=torch.float)
         ids[i, : len(e)] = row
-        labels[i, : len(e)] = row.masked_fill(~learned, -100)
+        labels[i, : len(e)] = row.masked_fill(weight == 0, -100)
+        weights[i, : len(e)] = weight
         mask[i, : len(e)] = 1
-    return dict(input_ids=ids, labels=labels, attention_mask=mask)
+    plain = ((weights == 0) | (weights == 1)).all()
+    batch = dict(input_ids=ids, labels=labels, attention_mask=mask)
+    return batch if plain else batch | dict(weights=weights)
 
 # %% ../../nbs/training/52_trainer.ipynb #c6678ec1
 @cache
@@ -77,14 +80,19 @@ def _logits_at(model: Any, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
 def learned_loss(
     model: Any,  # a causal model, plain, with an adapter or wrapped for several processes
     batch: dict[str, torch.Tensor],  # what `collate` returns
-) -> tuple[torch.Tensor, int]:  # scalar, nats, summed over the learned tokens; their number
+) -> tuple[
+    torch.Tensor, float
+]:  # scalar, nats, summed over the learned tokens; sum of their weights
     "Cross-entropy of the learned tokens, with logits computed at their predecessors alone"
     labels = batch["labels"]
     learned = labels[:, 1:] != -100
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "weights")}
     targets = labels[:, 1:][learned]
     logits = _logits_at(model, inputs, F.pad(learned, (0, 1)))
-    return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
+    if "weights" not in batch:
+        return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
+    weights = batch["weights"][:, 1:][learned].to(logits)
+    return F.cross_entropy(logits, targets, reduction="none") @ weights, float(weights.sum())
 
 # %% ../../nbs/training/52_trainer.ipynb #be29aba9
 def micro_batches(
@@ -196,6 +204,7 @@ class InstructTrainer(Trainer):
         args.remove_unused_columns = False
         if train_dataset is not None:
             check_encoded(train_dataset, model)
+            self.weighted = any(w not in (0, 1) for e in train_dataset for w in e.loss_mask)
             train_dataset = _Numbered(train_dataset)
         collator = partial(_collate_numbered, pad_id=pad_id)
         self.use_cache = getattr(model.config, "use_cache", None)  # `Trainer` turns it off
@@ -220,6 +229,8 @@ def compute_loss(
     "Summed over the learned tokens here, divided by the learned tokens of the whole step"
     inputs = {k: v for k, v in inputs.items() if k != "rows"}
     if return_outputs or self.compute_loss_func or self.label_smoother:
+        if "weights" in inputs:
+            raise InputError("Weights in a loss mask: label smoothing, compute_loss_func and compute_metrics do not know them; encode with prompt_weight 0 or 1.")  # fmt: skip
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
     loss, learned = learned_loss(model, inputs)
     if num_items_in_batch is None:
@@ -243,6 +254,18 @@ def training_step(self: InstructTrainer, model, inputs, num_items_in_batch=None)
     self.last_rows = inputs["rows"]
     learned = (inputs["labels"][:, 1:] != -100).sum()
     self.seen += torch.stack([inputs["attention_mask"].sum(), learned])
+    return total
+
+# %% ../../nbs/training/52_trainer.ipynb #c4d15c35
+@patch
+def _get_num_items_in_batch(self: InstructTrainer, batch_samples, device):
+    "Learned tokens of the whole step, over all processes; with weights their sum"
+    if not getattr(self, "weighted", False):
+        return Trainer._get_num_items_in_batch(self, batch_samples, device)
+    amounts = [b["weights"] if "weights" in b else b["labels"] != -100 for b in batch_samples]
+    total = sum(amount[:, 1:].sum() for amount in amounts).float().to(device)
+    if self.args.average_tokens_across_devices and self.args.world_size > 1:
+        total = self.accelerator.gather(total).sum()
     return total
 
 # %% ../../nbs/training/52_trainer.ipynb #6de6ee6e
