@@ -31,7 +31,9 @@ HARD = "aAé\u0301eZ ß‘’“”–—\u2212\u00a0\u3000\u2009\t\n\r\x85\x0b\
 TEXTS = [text for group in CASES.values() for text in group]
 # characters that Python and the tokenizers know alike: assigned, no lone surrogates
 anything = st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=25)
-hard = st.text(st.sampled_from(HARD), max_size=16) | st.lists(st.sampled_from(TEXTS), max_size=2).map("".join)
+hard = st.text(st.sampled_from(HARD), max_size=16) | st.lists(
+    st.sampled_from(TEXTS), max_size=2
+).map("".join)
 chosen = st.sets(st.sampled_from(sorted(set(POLICIES) - {"emoji_drop", "emoji_describe"}))).flatmap(
     lambda names: st.sampled_from([names, names | {"emoji_drop"}, names | {"emoji_describe"}])
 )
@@ -82,7 +84,9 @@ def test_g7_for_lossy_tokenizers_every_loss_is_named(fast):
             assert bool(report.losses) == (report.back != text)
             assert set(report.steps) <= steps
             rebuilt, at = "", 0
-            for loss in report.losses:  # the report is complete: it turns the text into what came back
+            for (
+                loss
+            ) in report.losses:  # the report is complete: it turns the text into what came back
                 assert text[loss.start : loss.end] == loss.gone
                 rebuilt += text[at : loss.start] + loss.came
                 at = loss.end
@@ -221,7 +225,11 @@ def test_no_policy_changes_nothing(text):
         ("newline", "a\r\nb\rc\u2028d\x85", "a\nb\nc\nd\n"),
         ("control", "a\0b\x7f\tc\n\r\ud800", "ab\tc\n\r"),
         ("invisible", "a\u200bb\ufeff\u00ad\u202e c\u200dd 好\u200c的", "ab cd 好的"),
-        ("invisible", "می\u200cخ 👩\u200d🚀 \u0915\u094d\u200d\u0937", "می\u200cخ 👩\u200d🚀 \u0915\u094d\u200d\u0937"),
+        (
+            "invisible",
+            "می\u200cخ 👩\u200d🚀 \u0915\u094d\u200d\u0937",
+            "می\u200cخ 👩\u200d🚀 \u0915\u094d\u200d\u0937",
+        ),
         ("invisible", "hi\U000e0068\U000e0069", "hi"),
         ("emoji_drop", "a👩\u200d🚀b👍🏽1\ufe0f\u20e3 🇫🇷™", "ab1 ™"),
         ("emoji_describe", "👍🇫🇷", ":thumbs_up_sign::flag_fr:"),
@@ -272,7 +280,9 @@ def test_a_tokenizer_with_policies_is_the_tokenizer_of_the_rewritten_text(fast, 
             ours = copy(text, add_special_tokens=False, return_offsets_mapping=True)
             theirs = tok(new, add_special_tokens=False, return_offsets_mapping=True)
             assert ours["input_ids"] == theirs["input_ids"]
-            for (a, b), (c, d) in zip(ours["offset_mapping"], theirs["offset_mapping"], strict=True):
+            for (a, b), (c, d) in zip(
+                ours["offset_mapping"], theirs["offset_mapping"], strict=True
+            ):
                 assert a == b or c == d or offsets[c][0] <= a < b <= offsets[d - 1][1]
 
     check()
@@ -298,14 +308,18 @@ def test_saving_keeps_the_policies_also_for_classes_that_rebuild_their_normalise
     texts = [*TEXTS, "Ａ\u200bＢ 2024"]
     assert loaded(texts)["input_ids"] == copy(texts)["input_ids"]
     assert copy.tokenize("１２")[-2:] == ["1", "2"]
-    assert own.tokenize("Ａ\u200bＢ") != copy.tokenize("Ａ\u200bＢ") or own.tokenize("2024") != copy.tokenize("2024")
+    assert own.tokenize("Ａ\u200bＢ") != copy.tokenize("Ａ\u200bＢ") or own.tokenize(
+        "2024"
+    ) != copy.tokenize("2024")
 
 
 def test_the_given_tokenizer_is_not_changed_and_the_copy_keeps_its_settings(base, fast):
     before = base.backend_tokenizer.to_str()
     copy = with_policies(base)
     assert base.backend_tokenizer.to_str() == before
-    assert copy.chat_template == base.chat_template and copy.model_max_length == base.model_max_length
+    assert (
+        copy.chat_template == base.chat_template and copy.model_max_length == base.model_max_length
+    )
     for tokenizer in (base, *fast.values()):
         copy = with_policies(tokenizer, ())
         assert copy.special_tokens_map == tokenizer.special_tokens_map
@@ -326,10 +340,17 @@ def test_a_policy_cannot_make_a_control_token_out_of_typed_text(base):
     for typed in ("<|im_\u200bend|>", "＜｜ｉｍ＿ｅｎｄ｜＞", "<|IM_END|>"):
         assert end not in copy(typed)["input_ids"]
     assert end in copy("<|im_end|>")["input_ids"]
-    mixed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(base.backend_tokenizer.to_str()))
+    mixed = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(base.backend_tokenizer.to_str())
+    )
     mixed.add_special_tokens({"sep_token": AddedToken("<SEP>", special=True, normalized=True)})
     sep = mixed.convert_tokens_to_ids("<SEP>")
-    assert sep not in with_policies(mixed, ["width", "invisible", "case"])("<SE\u200bP> <sep>")["input_ids"]
+    assert (
+        sep
+        not in with_policies(mixed, ["width", "invisible", "case"])("<SE\u200bP> <sep>")[
+            "input_ids"
+        ]
+    )
 
 
 def test_policies_on_top_of_policies(fast):

@@ -559,15 +559,18 @@ def _plot(self: Survey) -> "Figure":
     "Four heat maps: groups by tokenizers"
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 + 0.55 * 4 * len(self.names), 1.2 + 0.28 * len(self.groups)))
+    size = (3 + 0.55 * 4 * len(self.names), 1.2 + 0.28 * len(self.groups))
+    figure = Figure(figsize=size, dpi=72)
     axes = figure.subplots(1, 4, sharey=True)
     for ax, (title, value) in zip(axes, _PANELS.items(), strict=True):
         grid = [[value(self.cells[g, n]) for n in self.names] for g in self.groups]
-        ax.imshow(grid, cmap="Oranges", aspect="auto", vmin=0, vmax=max(1, *map(max, grid)))
+        top = max(1.0, *map(max, grid))
+        ax.imshow(grid, cmap="Oranges", aspect="auto", vmin=0, vmax=top)
         for y, line in enumerate(grid):
             for x, v in enumerate(line):
                 shown = f"{v:.1f}" if title.startswith("tokens") else f"{v:.0%}" if v else ""
-                ax.text(x, y, shown, ha="center", va="center", fontsize=7)
+                ink = "white" if v > 0.6 * top else "black"
+                ax.text(x, y, shown, ha="center", va="center", fontsize=8, color=ink)
         ax.set_title(title, fontsize=9)
         ax.set_xticks(range(len(self.names)), self.names, rotation=60, fontsize=8)
         ax.set_yticks(range(len(self.groups)), self.groups, fontsize=8)
