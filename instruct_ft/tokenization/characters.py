@@ -680,7 +680,8 @@ def _width_table() -> tuple[tuple[str, str], ...]:
 
 # %% ../../nbs/tokenization/34_characters.ipynb #8a05597b
 _QUOTES = (("[\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'))
-_CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+# the characters themselves: to a tokenizer `\x80` in a pattern is a byte, not U+0080
+_CONTROL = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
 
 
 def _straight(text: Aligned) -> Aligned:
@@ -706,7 +707,7 @@ def _control_parts() -> list:
 
 # %% ../../nbs/tokenization/34_characters.ipynb #42030200
 _URL_END = (
-    "\\x00-\\x20\\x7f-\\xa0\"'<>\u1680\u2000-\u200a\u2018-\u201f\u2028\u2029\u202f\u205f\u3000-\u303f\u3040-\u30ff\uff01-\uff65"
+    "\x00-\x20\x7f-\xa0\"'<>\u1680\u2000-\u200a\u2018-\u201f\u2028\u2029\u202f\u205f\u3000-\u303f\u3040-\u30ff\uff01-\uff65"
     + HAN
 )
 _URL = f"(?:[Hh][Tt][Tt][Pp][Ss]?|[Ff][Tt][Pp])://[^{_URL_END}]*[^{_URL_END}.,:;!?)\\]}}]"
