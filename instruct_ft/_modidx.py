@@ -1433,6 +1433,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'instruct_ft/tokenization/entities.py'),
                                                    'instruct_ft.tokenization.entities._letter': ( 'tokenization/entities.html#_letter',
                                                                                                   'instruct_ft/tokenization/entities.py'),
+                                                   'instruct_ft.tokenization.entities._name': ( 'tokenization/entities.html#_name',
+                                                                                                'instruct_ft/tokenization/entities.py'),
                                                    'instruct_ft.tokenization.entities._names': ( 'tokenization/entities.html#_names',
                                                                                                  'instruct_ft/tokenization/entities.py'),
                                                    'instruct_ft.tokenization.entities._numbers': ( 'tokenization/entities.html#_numbers',

@@ -144,7 +144,7 @@ def words_of(
         base = base if inside or c.isspace() else c
     return [tuple(word) for word in found]
 
-# %% ../../nbs/tokenization/32_entities.ipynb #916c17ac
+# %% ../../nbs/tokenization/32_entities.ipynb #eab32c9e
 @dataclass
 class Tokens:
     "A text as tokens, with the characters that each stands for; `len()` is the number of tokens"
@@ -160,6 +160,8 @@ class Tokens:
 
 def _joined(words: list[str], join: str) -> tuple[str, list[tuple[int, int]]]:
     "Words as one text, and where each is; an empty word leaves no space"
+    if not isinstance(words, Sequence):
+        raise InputError(f"text: {words!r:.60} is no text; give a str or a list of words.")
     parts, places, at = [], [], 0
     for word in words:
         if not isinstance(word, str):
@@ -330,7 +332,7 @@ def _word_spans(tokens: Tokens, tags: list[str], tagging: str) -> list[dict]:
         spans.append(dict(start=start, end=end, label=kind))
     return spans
 
-# %% ../../nbs/tokenization/32_entities.ipynb #e443ad5f
+# %% ../../nbs/tokenization/32_entities.ipynb #60fb8a04
 def _align(
     tokens: Tokens, gold: list, strategy: str, names: list[str] | None, tagging: str
 ) -> list:
@@ -340,7 +342,7 @@ def _align(
     if gold and isinstance(gold[0], dict):
         spans = check_spans(tokens.text, gold)
     elif len(gold) == len(tokens.words):
-        tags = [names[t] if names and type(t) is int else t for t in gold]
+        tags = gold if names is None else [_name(t, names) for t in gold]
         spans = _word_spans(tokens, tags, tagging)
     elif gold:
         raise InputError(f"tags: {len(gold)} for {len(tokens.words)} words; give one a word.")
@@ -348,6 +350,15 @@ def _align(
         spans = []
     labels = _checked(tokens, spans, _span_labels(tokens, spans, strategy))
     return labels if names is None else _numbers(labels, names)
+
+
+def _name(tag: Any, names: list[str]) -> str:
+    "A tag, which may be given as its number"
+    if isinstance(tag, str):
+        return tag
+    if not 0 <= tag < len(names):
+        raise InputError(f"tags: {tag} is the number of none of the {len(names)} names.")
+    return names[tag]
 
 
 def _numbers(labels: list, names: list[str]) -> list[int]:
