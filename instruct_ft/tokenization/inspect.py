@@ -32,7 +32,7 @@ from instruct_ft.tokenization.encode import (
     stop_ids,
 )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #77a23b26
+# %% ../../nbs/tokenization/36_inspect.ipynb #a2c4fd5a
 @dataclass(frozen=True)
 class Check:
     "What one check of an audit found"
@@ -51,7 +51,7 @@ class Check:
 
 _NOT = "not checked: "
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #a7821db5
+# %% ../../nbs/tokenization/36_inspect.ipynb #4f5e7907
 @dataclass(frozen=True)
 class Audit:
     "The checks of a tokenizer, in order; shows itself as text and as HTML"
@@ -81,7 +81,7 @@ class Audit:
             subject=self.subject, counts=self.counts, checks=[asdict(c) for c in self.checks]
         )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #284ca3f6
+# %% ../../nbs/tokenization/36_inspect.ipynb #e731eda0
 def _told(audit: Audit) -> list[Check]:
     "The checks that have something to tell, the worst first"
     order = ("fail", "warn", "note")
@@ -110,7 +110,7 @@ def _as_text(audit: Audit) -> str:
 
 Audit.__repr__ = Audit.__str__ = _as_text
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #e4e2ae5e
+# %% ../../nbs/tokenization/36_inspect.ipynb #1562537c
 _COLOURS = {"fail": "215,58,73", "warn": "210,153,34", "note": "128,128,128"}
 
 
@@ -136,7 +136,7 @@ def _as_html(audit: Audit) -> str:
 
 Audit._repr_html_ = _as_html
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #e70a77e5
+# %% ../../nbs/tokenization/36_inspect.ipynb #d269c0b0
 _HARD = (
     "the capital of Peru is Lima",
     "  two  spaces, a\ttab\n\nand\r\nlines ",
@@ -152,7 +152,7 @@ _HARD = (
 _RARE = ("ꙮ", "𓀀", "ᯀ", "ꭰ")  # visible characters that few vocabularies have
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #d665593d
+# %% ../../nbs/tokenization/36_inspect.ipynb #13d97b6c
 class _Subject:
     "What is audited, and what several checks need of it"
 
@@ -197,7 +197,7 @@ def _some(items: Iterable[Any], most: int = 5) -> str:
     items = [str(i) for i in items]
     return ", ".join(items[:most]) + f" and {len(items) - most} more" * (len(items) > most)
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #6b2e2273
+# %% ../../nbs/tokenization/36_inspect.ipynb #c3b202d8
 def _kind(s: _Subject) -> str:
     "'encoder', 'decoder' or 'both'"
     if s.model is None:
@@ -220,7 +220,7 @@ def _parts(spec: Any) -> set[str]:
         return {str(spec.get("type"))}.union(*(_parts(v) for v in spec.values()))
     return set().union(*(_parts(v) for v in spec)) if isinstance(spec, list) else set()
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #e29c54f7
+# %% ../../nbs/tokenization/36_inspect.ipynb #f730c90c
 _Result = tuple[str, str]
 CHECKS: dict[str, tuple[Callable[[_Subject], _Result], str, str, tuple[str, ...]]] = {}
 
@@ -260,7 +260,7 @@ def _run(name: str, s: _Subject) -> Check:
     s.failed |= {name} if status == "fail" else set()
     return Check(name, status, found, why, mend)
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #57219f28
+# %% ../../nbs/tokenization/36_inspect.ipynb #0a3acd96
 @_check(
     "A text that raises stops the run in the middle.",
     "set an unknown token in the model, or train with byte fallback or the byte alphabet",
@@ -291,7 +291,7 @@ def _same_text_same_ids(s: _Subject) -> _Result:
         f"dropout {dropout}; not the same for {_some(map(repr, dict.fromkeys(bad)), 2) or 'some texts'}",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #1176f975
+# %% ../../nbs/tokenization/36_inspect.ipynb #51d74981
 @_check(
     "Training encodes batches, serving single texts: different ids mean another prompt.",
     "set no truncation or padding on the backend, keep no state in a tokenizer's class, and compare each text alone with its place in a batch",
@@ -310,7 +310,7 @@ def _alone_batch_threads_agree(s: _Subject) -> _Result:
     ]
     return _verdict(bad, _some(bad, 3), "the same alone, in a batch and in four threads")
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #b0164de5
+# %% ../../nbs/tokenization/36_inspect.ipynb #eccc0b5e
 @_check(
     "A role without a token has no id, or that of the unknown token: nothing ends, nothing is padded.",
     "tokenizer.add_special_tokens({...}), then model.resize_token_embeddings",
@@ -333,7 +333,7 @@ def _roles_are_special(s: _Subject) -> _Result:
     bad = [f"{r} {t!r} ({s.id(r)})" for r, t in s.roles.items() if t not in special]
     return _verdict(bad, f"ordinary tokens: {_some(bad)}", f"{len(special)} tokens have the flag")
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #7e6b3e66
+# %% ../../nbs/tokenization/36_inspect.ipynb #7866bbee
 def _stops(s: _Subject) -> list[int]:
     "The ids that end an answer under the template; the end token where that cannot be told"
     try:
@@ -370,7 +370,7 @@ def _pad_is_not_end(s: _Subject) -> _Result:
     )
     return _verdict(same, found, f"pad {pad}, answers end with {s.named(_stops(s))}", "note")
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #3466953a
+# %% ../../nbs/tokenization/36_inspect.ipynb #15ac133c
 def _model_unknown(s: _Subject) -> str | None:
     "The unknown token that the model itself uses"
     model = s.spec["model"]
@@ -410,7 +410,7 @@ def _unknown_is_named(s: _Subject) -> _Result:
         used != named, found, f"{used!r} ({s.vocab[used]})", "fail" if named else "warn"
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #7c230715
+# %% ../../nbs/tokenization/36_inspect.ipynb #c1781145
 _BYTES = [f"<0x{b:02X}>" for b in range(256)]
 
 
@@ -442,7 +442,7 @@ def _bytes_are_plain(s: _Subject) -> _Result:
         "no byte is an added token",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #20193286
+# %% ../../nbs/tokenization/36_inspect.ipynb #a4d7a788
 def _normal(s: _Subject, i: int) -> str | None:
     "How a normalised added token is known to the backend; None for other tokens"
     token, normalizer = s.added.get(i), s.backend.normalizer
@@ -474,7 +474,7 @@ def _ids_have_no_gaps(s: _Subject) -> _Result:
     found = f"{len(gaps)} ids have no token ({_some(gaps)}); the largest id is {top}, len(tokenizer) is {len(s.tokenizer)}"
     return _verdict(gaps or beyond, found, f"0 to {top}", "warn" if beyond else "note")
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #6b4246a9
+# %% ../../nbs/tokenization/36_inspect.ipynb #8269043f
 @_check(
     "An id that the model can generate and the tokenizer cannot decode breaks the answer, or stops the server.",
     "for added tokens of a byte-level tokenizer take ASCII names; else give the tokenizer the decoder of its family",
@@ -507,7 +507,7 @@ def _attempt(function: Callable, *args: Any) -> Any:
     except Exception:  # noqa: BLE001 - that it raises is the finding
         return None
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #c24d3833
+# %% ../../nbs/tokenization/36_inspect.ipynb #19844027
 def _loss(s: _Subject, text: str) -> str | None:
     "Which step keeps a text from coming back; None if it does, 'unexplained' if none"
     ids = s.ids(text)
@@ -527,7 +527,7 @@ def _loss(s: _Subject, text: str) -> str | None:
 @_check(
     "What does not come back cannot be learned as an answer.",
     "give the tokenizer the decoder of its family; choose a lossless one if case, spaces or accents matter",
-    needs="encodes-anything every-id-decodes",
+    needs="encodes-anything every-id-decodes bytes-are-plain",
 )
 def _text_comes_back(s: _Subject) -> _Result:
     lost = {t: step for t in s.texts if (step := _loss(s, t))}
@@ -543,7 +543,7 @@ def _text_comes_back(s: _Subject) -> _Result:
         "note",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #c26d4b9e
+# %% ../../nbs/tokenization/36_inspect.ipynb #fc35f6ca
 def _words(s: _Subject) -> dict[int, str]:
     "Added tokens that are meant as text: not special, more than a character, not blank"
     plain = {i: t.content for i, t in s.added.items() if not t.special}
@@ -573,7 +573,7 @@ def _added_tokens_fire(s: _Subject) -> _Result:
         bad, f"not found in a text: {s.named(bad)}", f"{len(control) + len(words)} tokens"
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #1dc5df0c
+# %% ../../nbs/tokenization/36_inspect.ipynb #8fdfb255
 _WIDE = {c: c + 0xFEE0 for c in range(0x21, 0x7F)}  # ASCII -> its full-width form
 _SPELLINGS = (str.lower, str.upper, lambda c: c.translate(_WIDE))
 
@@ -599,7 +599,7 @@ def _added_tokens_match_exactly(s: _Subject) -> _Result:
         bad, found, f"{len(tokens)} of {len(s.added)} are normalised", "fail" if plain else "warn"
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #b79be661
+# %% ../../nbs/tokenization/36_inspect.ipynb #95934187
 def _spelled(c: str) -> bool:
     "Is this a letter or digit of a script that parts words with spaces?"
     return c.isalnum() and unicodedata.category(c) != "Lo"
@@ -636,7 +636,7 @@ def _added_tokens_keep_spaces(s: _Subject) -> _Result:
         "note",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #7552226b
+# %% ../../nbs/tokenization/36_inspect.ipynb #7a68f198
 def _offsets(s: _Subject, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     "Ids of a text alone, and the characters that each stands for"
     out = s.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -674,7 +674,7 @@ def _offsets_point_at_words(s: _Subject) -> _Result:
             bad.append(f"{word!r} at {at} is {s.text(inside)!r}")
     return _verdict(bad, _some(bad, 3), "each word is its tokens")
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #b112827d
+# %% ../../nbs/tokenization/36_inspect.ipynb #301c9d69
 def _uncovered(s: _Subject, text: str) -> str:
     "The visible characters that no token stands for"
     covered = {at for a, b in _offsets(s, text)[1] for at in range(a, b)}
@@ -696,7 +696,7 @@ def _nothing_vanishes(s: _Subject) -> _Result:
         "every visible character has a token",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #0b0d2a01
+# %% ../../nbs/tokenization/36_inspect.ipynb #0f979720
 @_check(
     "Decoding takes away spaces before punctuation: code and tables come out changed.",
     "tokenizer.clean_up_tokenization_spaces = False",
@@ -741,7 +741,7 @@ def _word_lists_keep_spaces(s: _Subject) -> _Result:
         "note",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #00f5d16c
+# %% ../../nbs/tokenization/36_inspect.ipynb #b06766e9
 def _around(s: _Subject) -> tuple[list[int], list[int]]:
     "The ids that are put before and behind a text"
     whole, inner = list(s.tokenizer("a")["input_ids"]), s.ids("a")
@@ -773,7 +773,7 @@ def _borders_are_right(s: _Subject) -> _Result:
     )
     return _verdict(missing, f"{found}; this kind of model needs more", found)
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #81f8f540
+# %% ../../nbs/tokenization/36_inspect.ipynb #2e195c6e
 @_check(
     "Padding that is not marked is read as text.",
     "put 'attention_mask' into tokenizer.model_input_names, and pass the mask to the model",
@@ -805,7 +805,7 @@ def _truncation_keeps_the_start(s: _Subject) -> _Result:
     side = s.tokenizer.truncation_side
     return _verdict(side != "right", f"truncation_side is {side!r}", "cuts on the right")
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #8a4f4149
+# %% ../../nbs/tokenization/36_inspect.ipynb #a6abd272
 def _outputs(s: _Subject, texts: list[str]) -> list[Any]:
     "For each text what the model gives at its real tokens"
     import torch
@@ -834,7 +834,7 @@ def _evaluating(model: Any):
         for module, mode in modes.items():
             module.training = mode
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #3ebdf267
+# %% ../../nbs/tokenization/36_inspect.ipynb #623ad245
 def _shift(s: _Subject) -> float:
     "How far padding moves what the model gives, as a share of its size"
     if s.id("pad") is None:
@@ -866,7 +866,7 @@ def _padding_side(s: _Subject) -> _Result:
         status == "note" and side == "right"
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #24ac9afe
+# %% ../../nbs/tokenization/36_inspect.ipynb #da1e3141
 def _positions(model: Any) -> int | None:
     "For how many tokens the model has positions; None: no limit is known"
     for name, module in model.named_modules():
@@ -901,7 +901,7 @@ def _window(s: _Subject) -> _Result:
     found = f"model_max_length is {length}, the model has {most or 'no limit known'}"
     return _verdict(most and length > most, found + " positions" * bool(most), f"{length} tokens")
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #c96ff201
+# %% ../../nbs/tokenization/36_inspect.ipynb #1f13c5f4
 _TALK = ("Name a river.", "Nile", "Name a lake.", "Baikal")
 
 
@@ -927,7 +927,7 @@ def _turns(s: _Subject) -> list[str] | None:
         parts.append(before)
     return None if any(c in part for part in [*parts, rest] for c in _TALK) else [*parts, rest]
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #4994c1c8
+# %% ../../nbs/tokenization/36_inspect.ipynb #5fee0363
 @_check(
     "Without a template of its own a tokenizer gets another one in every tool.",
     "tokenizer.chat_template = the template that you train with, and save it with the model",
@@ -969,7 +969,7 @@ def _template_renders(s: _Subject) -> _Result:
         "warn",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #65ed5b46
+# %% ../../nbs/tokenization/36_inspect.ipynb #dd9adae7
 @_check(
     "What the template leaves out or rewrites is not learned.",
     "write m['content'] for every message, unchanged",
@@ -1006,7 +1006,7 @@ def _answers_end(s: _Subject) -> _Result:
         bad, f"behind an answer stands {bad[:1]}, no control token", f"with {s.named(_stops(s))}"
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #4a5396cd
+# %% ../../nbs/tokenization/36_inspect.ipynb #35f25be2
 @_check(
     "The model is trained after one prompt and asked after another.",
     "let the template write the same before an answer as it does with add_generation_prompt=True",
@@ -1049,7 +1049,7 @@ def _prompt_opens_the_answer(s: _Subject) -> _Result:
         "fail" if bad else "note",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #8bf1e677
+# %% ../../nbs/tokenization/36_inspect.ipynb #91f1b9f2
 def _generation_ends(model: Any) -> set[int]:
     "The ids at which the model's own settings stop generation"
     configs = [getattr(model, "generation_config", None), model.config]
@@ -1097,7 +1097,7 @@ def _one_bos(s: _Subject) -> _Result:
         f"{direct} in a conversation, {s.named([bos])}",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #becc7cd3
+# %% ../../nbs/tokenization/36_inspect.ipynb #f2988353
 @_check(
     "Training after the ids of the whole text and generating after those of the prompt are two different things.",
     "use `encode` and `encode_prompt`, which cut where the answer starts",
@@ -1155,7 +1155,7 @@ def _typed(s: _Subject, surfaces: list[str]) -> list[int]:
     count = lambda text: Counter(encode(talk(text), s.tokenizer, s.wanted).input_ids)
     return sorted(control & set(count("a " + " ".join(surfaces)) - count("a")))
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #80d5ff32
+# %% ../../nbs/tokenization/36_inspect.ipynb #c631de3e
 @_check(
     "return_assistant_tokens_mask gives only zeros, with nothing but a line in the log.",
     "use the loss mask of `encode`, or put {% generation %} around the answers",
@@ -1193,7 +1193,7 @@ def _your_texts_are_known(s: _Subject) -> _Result:
         "warn",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #4900be22
+# %% ../../nbs/tokenization/36_inspect.ipynb #4ba5b335
 def _reload(s: _Subject) -> Any:
     "The tokenizer after it was saved and loaded; made once"
     if not hasattr(s, "again"):
@@ -1233,7 +1233,7 @@ def _saved_ids_are_the_same(s: _Subject) -> _Result:
         f"{len(s.texts)} texts",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #68d07c3f
+# %% ../../nbs/tokenization/36_inspect.ipynb #09de6ecf
 _SETTINGS = ("chat_template", "model_max_length")
 _UNSAVED = ("padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names")
 
@@ -1258,7 +1258,7 @@ def _settings_are_saved(s: _Subject) -> _Result:
         "fail" if bad else "warn",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #421de961
+# %% ../../nbs/tokenization/36_inspect.ipynb #a227dd2d
 def _rows(s: _Subject) -> int:
     return s.model.get_input_embeddings().weight.shape[0]
 
@@ -1293,7 +1293,7 @@ def _rows_have_ids(s: _Subject) -> _Result:
         spare, found, "none to spare", "warn" if spare > max(256, _rows(s) // 10) else "note"
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #cbe07692
+# %% ../../nbs/tokenization/36_inspect.ipynb #38ae71e2
 def _differences(s: _Subject, config: Any, roles: Iterable[str]) -> list[str]:
     "Special ids of a config that are not the tokenizer's, or have no row"
     out = []
@@ -1344,7 +1344,7 @@ def _generation_config_agrees(s: _Subject) -> _Result:
         ("bos", "pad", "decoder_start", "forced_bos"),
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #3d026523
+# %% ../../nbs/tokenization/36_inspect.ipynb #22954b99
 def _tables(s: _Subject) -> tuple[Any, Any] | None:
     "The weights of embedding and head; None without a model or a head"
     head = s.model.get_output_embeddings() if s.model is not None else None
@@ -1379,7 +1379,7 @@ def _head_is_tied(s: _Subject) -> _Result:
         "tied" if same else "two tables, as the config says",
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #f47fa96f
+# %% ../../nbs/tokenization/36_inspect.ipynb #39e34e69
 def _row_sizes(table: Any) -> tuple[Any, Any]:
     "Norm of each row, and its distance from the mean of all; `(V,)` float32"
     import torch
@@ -1415,7 +1415,7 @@ def _rows_are_trained(s: _Subject) -> _Result:
         found, found, f"{len(ids)} rows", "fail" if broken or set(zero) & set(s.added) else "warn"
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #59577b1b
+# %% ../../nbs/tokenization/36_inspect.ipynb #920d238f
 @_check(
     "generate raises on an input that the model does not know, and training drops or misreads it.",
     "take the name off tokenizer.model_input_names",
@@ -1432,7 +1432,7 @@ def _model_takes_the_inputs(s: _Subject) -> _Result:
         ", ".join(s.tokenizer("the")),
     )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #eaa737b0
+# %% ../../nbs/tokenization/36_inspect.ipynb #3a9736f6
 def audit(
     tokenizer: Any,  # a fast tokenizer
     model: Any = None,  # the model it is for; None leaves the checks of the model out
@@ -1469,7 +1469,7 @@ def audit(
     )
     return Audit(name, checks)
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #b4889750
+# %% ../../nbs/tokenization/36_inspect.ipynb #ca1c6f31
 def _texts(texts: Iterable[str] | None) -> list[str]:
     "The texts as a list; `InputError` where one is no text"
     if isinstance(texts, str):
@@ -1497,7 +1497,7 @@ def _quiet():
     finally:
         logging.set_verbosity(before)
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #6d5b9dc9
+# %% ../../nbs/tokenization/36_inspect.ipynb #28d3762e
 @dataclass(frozen=True)
 class TokenizerDiff:
     "Where two tokenizers differ; shows itself as text and as HTML"
@@ -1519,7 +1519,7 @@ class TokenizerDiff:
         "The differences as plain values"
         return asdict(self) | dict(same=self.same)
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #bb2dc4e0
+# %% ../../nbs/tokenization/36_inspect.ipynb #0b79e438
 def _diff_lines(diff: TokenizerDiff) -> list[str]:
     "The differences, one a line"
     if diff.same:
@@ -1544,7 +1544,7 @@ TokenizerDiff._repr_html_ = lambda diff: (
     "<pre style='white-space:pre-wrap'>" + html.escape(repr(diff)) + "</pre>"
 )
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #55a4e749
+# %% ../../nbs/tokenization/36_inspect.ipynb #08e75dd9
 def _settings(tokenizer: Any) -> dict[str, Any]:
     "What a tokenizer does besides its vocabulary"
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -1569,7 +1569,7 @@ def _unlike(a: dict, b: dict) -> dict[str, tuple]:
     "The keys whose values differ, with both"
     return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
 
-# %% ../../nbs/tokenization/36_inspect.ipynb #f6975c6b
+# %% ../../nbs/tokenization/36_inspect.ipynb #1ac49f2b
 def diff_tokenizers(
     a: Any,  # a fast tokenizer
     b: Any,  # another
