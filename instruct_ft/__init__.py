@@ -22,8 +22,14 @@ _MODULES = {
     "data.load": "Loader Mixture Pad Stack StreamLoader fingerprint mix padding_share",
     "data.augment": "Augmented Counterfactual EntitySwap Synonym augment",
     "data.preprocess": "Aligned language normal preprocess sentences terms words",
+    "tokenization.choose": "Comparison Measures ModelSize Parity compare_tokenizers model_size"
+    " renyi_efficiency",
     "tokenization.encode": "TEMPLATES Encoded encode encode_prompt encode_rows resolve_template"
     " show_tokens stop_ids",
+    "tokenization.entities": "align_labels align_rows keep_whole labels_to_spans read_tokens"
+    " show_labels split_scripts stitch token_offsets whole_names windows",
+    "tokenization.characters": "explain_loss normalise_text show_side_by_side survey with_policies",
+    "tokenization.inspect": "audit diff_tokenizers",
     "model.load": "load_model model_card pick_device",
     "model.adapters": "add_lora merge_adapter",
     "training.trainer": "InstructTrainer Run collate fine_tune",
