@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from instruct_ft.atlas.facts import atlas_path
-from instruct_ft.atlas.tokenizers import FAMILIES, family_tokenizer
+from instruct_ft.atlas.tokenizers import FAMILIES, family_tokenizer, new_tokenizer
 from instruct_ft.settings import InputError
 from instruct_ft.tokenization import encode as module
 from instruct_ft.tokenization.encode import (
@@ -1402,3 +1402,16 @@ def test_g7_decode_of_encode_is_the_text(name, text):
     parts = {role: decode(got.input_ids[a:b]) for role, a, b in got.segments}
     assert parts["user"] == "x" + text and parts.get("assistant", "") == text
     assert parts["end"] == "<|im_end|>"
+
+
+@pytest.mark.parametrize("text", ["＜/s＞", "＜pad＞ and </s>", "a ＜extra_id_0＞ b", "</s＞ </s>"])
+def test_p7_g6_a_control_token_in_wide_letters_stays_text(text):
+    "A normaliser that folds widths, and a model that has the token among its pieces"
+    docs = ["plain words, numbers 1 2 3 and a few signs </s> <pad>"] * 5
+    tokenizer = new_tokenizer("t5", docs, 400)
+    encoded = encode(
+        [dict(role="user", content=text), dict(role="assistant", content=text)], tokenizer
+    )
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    (end,) = [i for i in encoded.input_ids if i in special]
+    assert end == tokenizer.eos_token_id == encoded.input_ids[-1]

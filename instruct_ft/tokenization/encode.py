@@ -349,7 +349,9 @@ def _find_control(coder: _Coder) -> None:
     plain = coder.backends[0]
     coder.backends = plain, _deaf(plain, control)
     normal = any(t.normalized and t.content in control for t in added.values())
-    coder.folds = normal and plain.normalizer is not None
+    alone = lambda text: coder.backends[1].encode(text, add_special_tokens=False).ids
+    spelled = any(ids[surface] in alone(surface) for surface in control)  # by the model itself
+    coder.folds = (normal or spelled) and plain.normalizer is not None
     coder.layouts.clear()  # from now on the ends are checked too
 
 # %% ../../nbs/tokenization/31_encode.ipynb #f77ae413
@@ -424,7 +426,7 @@ def _typed(coder: _Coder, text: str) -> list[tuple[int, int]]:
     "Where a message has surfaces of control tokens; all of it if one shows when normalised"
     near = any(hint in text for hint in coder.hints)
     spans = [match.span() for match in coder.control.finditer(text)] if near else []
-    if spans or not coder.folds or not text.strip():
+    if not coder.folds or not text.strip():
         return spans
     ids = coder.backends[0].encode(text, add_special_tokens=False).ids
     core = text.strip()
