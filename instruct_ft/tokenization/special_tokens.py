@@ -100,7 +100,7 @@ def _enter(tokenizer: Any, tokens: list[AddedToken], roles: Mapping[str, AddedTo
     if roles and (tokenizer.add_bos_token or tokenizer.add_eos_token):
         tokenizer.update_post_processor()
 
-# %% ../../nbs/tokenization/33_special_tokens.ipynb #582eb7ed
+# %% ../../nbs/tokenization/33_special_tokens.ipynb #378d01de
 def _tables(model: "PreTrainedModel") -> "dict[str, nn.Module]":  # input; output if it is another
     "The modules that hold a row for each token"
     if hasattr(model, "peft_config"):
@@ -117,6 +117,10 @@ def _tables(model: "PreTrainedModel") -> "dict[str, nn.Module]":  # input; outpu
         a, b = table.weight.shape[0], head.weight.shape[0]
         raise InputError(
             f"model: the embedding has {a} rows and the head {b}; bring them to one number with model.resize_token_embeddings({max(a, b)})."
+        )
+    if own and getattr(model.config, "tie_word_embeddings", False) and model._tied_weights_keys:
+        raise InputError(
+            "model: config.tie_word_embeddings is True, but the head is a matrix of its own, and resizing would lose it; set the flag to False."
         )
     return {"input": table, "output": head} if own else {"input": table}
 
@@ -222,7 +226,7 @@ def _tell_model(model: "PreTrainedModel", roles: Mapping[str, int]) -> None:
             elif name in ("bos_token", "eos_token", "pad_token") or hasattr(config, key):
                 setattr(config, key, id_)
 
-# %% ../../nbs/tokenization/33_special_tokens.ipynb #5aac0a09
+# %% ../../nbs/tokenization/33_special_tokens.ipynb #df443501
 def disagreements(
     tokenizer: Any,  # a fast tokenizer of transformers
     model: "PreTrainedModel",  # the model that it feeds
@@ -244,7 +248,11 @@ def disagreements(
     if head is not None and head.weight.shape[0] != rows:
         found.append(f"the embedding has {rows} rows, the head {head.weight.shape[0]}")
     tied = head is None or head.weight is model.get_input_embeddings().weight
-    if not tied and model.config.tie_word_embeddings and model._tied_weights_keys:
+    if (
+        not tied
+        and getattr(model.config, "tie_word_embeddings", False)
+        and model._tied_weights_keys
+    ):
         found.append("config.tie_word_embeddings is True, but the head is a matrix of its own")
     return found
 
@@ -449,7 +457,7 @@ class TrainedRows:
         "What learns"
         return list({id(rows): rows.rows for _, _, rows in self._places}.values())
 
-# %% ../../nbs/tokenization/33_special_tokens.ipynb #0e0fe19f
+# %% ../../nbs/tokenization/33_special_tokens.ipynb #41fb5b51
 def _close(self: TrainedRows) -> "PreTrainedModel":  # the model, plain again
     "Write the rows into the model and let it train as before; a second time does nothing"
     import torch
@@ -480,10 +488,9 @@ def train_only_rows(
     """Train some tokens' rows and nothing else: other rows stay bit-equal whatever the optimizer does
 
     Raises `InputError` for ids without a row and for a model that is in such training already."""
-    found = _row_ids(model, ids)
-    if any(hasattr(m, "parametrizations") for m in _tables(model).values()):
+    if any(hasattr(module, "parametrizations") for module in model.modules()):
         raise InputError("train_only_rows: rows of this model are in training; close() that first.")
-    return TrainedRows(model, found)
+    return TrainedRows(model, _row_ids(model, ids))
 
 
 def _row_ids(model: "PreTrainedModel", ids: Iterable[int]) -> list[int]:
