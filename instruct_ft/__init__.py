@@ -28,6 +28,8 @@ _MODULES = {
     " show_tokens stop_ids",
     "tokenization.entities": "align_labels align_rows keep_whole labels_to_spans read_tokens"
     " show_labels split_scripts stitch token_offsets whole_names windows",
+    "tokenization.special_tokens": "INITS add_tokens disagreements lora_rows save_pair"
+    " train_only_rows",
     "tokenization.characters": "explain_loss normalise_text show_side_by_side survey with_policies",
     "tokenization.inspect": "audit diff_tokenizers",
     "model.load": "load_model model_card pick_device",
