@@ -286,7 +286,7 @@ def merge_stages(
         stages.append([tuple(w) for w in cut])
     return stages
 
-# %% ../../nbs/tokenization/35_oov.ipynb #9e335b78
+# %% ../../nbs/tokenization/35_oov.ipynb #e6eec0f3
 def draw_merges(
     words: list[str],  # a few words
     merges: list[tuple[str, str]],  # as `bpe_from_scratch` gives them
@@ -302,7 +302,7 @@ def draw_merges(
     )
     for ax in axes.flat:
         ax.axis("off")
-        ax.set(xlim=(-0.2, max(map(len, words))), ylim=(len(words) - 0.4, -0.6))
+        ax.set(xlim=(-0.6, max(map(len, words))), ylim=(len(words) - 0.4, -0.6))
     for k, (ax, stage) in enumerate(zip(axes.flat, stages, strict=False)):
         new = "".join(merges[k - 1]) if k else None
         ax.set_title(f"{k}: {' + '.join(merges[k - 1])}" if k else "letters", fontsize=9)
@@ -398,7 +398,7 @@ def _sequence(pre: dict | None, *splits: str) -> dict:
         type="Sequence", pretokenizers=[*steps, *(how | {"pattern": {"Regex": p}} for p in splits)]
     )
 
-# %% ../../nbs/tokenization/35_oov.ipynb #7cfb00a9
+# %% ../../nbs/tokenization/35_oov.ipynb #20dcb01b
 def _untrained(parts: _Parts, unknown: str | None) -> Tokenizer:
     "The tokenizer with an empty vocabulary, ready to be trained"
     spec = parts.spec | dict(added_tokens=[], post_processor=None, truncation=None, padding=None)
@@ -431,7 +431,8 @@ def _trainer(parts: _Parts, fixed: list[AddedToken], size: int, unknown: str | N
         how["limit_alphabet"] = max(size - len(fixed), 0)
     if parts.bytes:
         how["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-    how |= dict(unk_token=unknown) if kind == "Unigram" else {}
+    if kind == "Unigram":  # typed control tokens must have another way to be cut
+        how |= dict(unk_token=unknown, initial_alphabet=sorted(set("".join(map(str, fixed)))))
     return _TRAINERS[kind](vocab_size=size, **how)
 
 # %% ../../nbs/tokenization/35_oov.ipynb #15205eb2
