@@ -535,13 +535,26 @@ def test_unigram_is_refused_with_the_reason(toks):
 
 
 def test_words_that_cannot_be_added_are_told(toks):
-    found = extend_vocabulary(toks["gpt"], ["COVID-19", "data set", "capital", "asthma", "asthma"])
+    found = extend_vocabulary(toks["gpt"], ["COVID-19", "data set", "asthma", "asthma"])
     assert list(found.words.word) == ["asthma"]
     assert found.skipped["COVID-19"] == found.skipped["data set"]
     assert found.skipped["data set"].startswith("the pre-tokenizer cuts it")
-    assert found.skipped["capital"] == "one token already"
+    again = extend_vocabulary(found.tokenizer, ["asthma"])
+    assert again.rows == 0 and again.skipped == {"asthma": "one token already"}
     lower = extend_vocabulary(toks["bert"], ["Asthma", "asthma"])
     assert len(lower.words) == 1 and next(iter(lower.skipped.values())).startswith("the same")
+
+
+def test_a_word_known_behind_a_space_only_gets_its_other_form(toks):
+    tok = toks["gpt"]
+    half = next(
+        t[1:]
+        for t in tok.get_vocab()
+        if t[0] == "Ġ" and t[1:].isalpha() and len(t) > 5 and t[1:] not in tok.get_vocab()
+    )
+    found = extend_vocabulary(tok, [half])
+    assert found.rows == 1 and len(found.words.ids[0]) == 2
+    assert [len(plain(found.tokenizer, x)) for x in (f"({half}", f"a {half}")] == [2, 2]
 
 
 def test_added_tokens_behind_the_vocabulary_keep_their_ids(toks):

@@ -706,20 +706,24 @@ def _asked(wanted: Any, texts: list[str] | None) -> Counter:
     return Counter({w: len(re.findall(edge(re.escape(w)), everything)) for w in names})
 
 
-def _costs(tokenizer: Any, parts: _Parts, names: list[str]) -> dict[str, int]:
-    "Tokens of each word behind a space (Chinese: behind a letter); one more if letters are unknown"
-    unknown, code = (
-        _unknown(tokenizer, parts),
-        lambda x: parts.core.encode_batch(x, add_special_tokens=False),
-    )
-    before = len(code(["a"])[0].ids)
-    found = code([("a" if _LONE.search(w) else "a ") + w for w in names])
-    return {w: len(e.ids) - before + (unknown in e.ids) for w, e in zip(names, found, strict=True)}
+def _costs(tokenizer: Any, parts: _Parts, names: list[str], everywhere: bool) -> dict[str, int]:
+    "Tokens of each word behind a space (Chinese: behind a letter), or at most; one more if unknown"
+    unknown, out = _unknown(tokenizer, parts), dict.fromkeys(names, 0)
+    code = lambda texts: parts.core.encode_batch(texts, add_special_tokens=False)
+    for opens in ("a", "(")[: 1 + everywhere]:
+        before = len(code([opens])[0].ids)
+        space = " " if opens == "a" else ""
+        found = code([opens + (w if _LONE.search(w) else space + w) for w in names])
+        for w, e in zip(names, found, strict=True):
+            out[w] = max(out[w], len(e.ids) - before + (unknown in e.ids))
+    return out
 
 
-def _ranked(tokenizer: Any, parts: _Parts, counts: Counter) -> list[tuple[str, int, int]]:
+def _ranked(
+    tokenizer: Any, parts: _Parts, counts: Counter, everywhere: bool = False
+) -> list[tuple[str, int, int]]:
     "(word, count, tokens), those that save most first; words of one token are left out"
-    costs = _costs(tokenizer, parts, [w for w in counts if w])
+    costs = _costs(tokenizer, parts, [w for w in counts if w], everywhere)
     names = [w for w in costs if costs[w] > 1]
     order = sorted(names, key=lambda w: (-counts[w] * (costs[w] - 1), w))
     return [(w, counts[w], costs[w]) for w in order]
@@ -781,7 +785,7 @@ def extend_vocabulary(
     _kind(parts)
     texts = None if texts is None else list(_texts(texts, "texts"))
     counts = _asked(wanted, texts)
-    ranked = _ranked(tokenizer, parts, counts)
+    ranked = _ranked(tokenizer, parts, counts, everywhere=wanted is not None)
     n = len(ranked) if n is None else n
     if not isinstance(n, int) or n < 0:
         raise InputError(f"n = {n!r}: give the number of words, 0 or more.")
