@@ -31,6 +31,8 @@ _MODULES = {
     "tokenization.special_tokens": "INITS add_tokens disagreements lora_rows save_pair"
     " train_only_rows",
     "tokenization.characters": "explain_loss normalise_text show_side_by_side survey with_policies",
+    "tokenization.oov": "KnownWords add_byte_fallback bpe_from_scratch coverage draw_merges"
+    " embedding_neighbours extend_vocabulary nearest_word train_tokenizer_like worth_adding",
     "tokenization.inspect": "audit diff_tokenizers",
     "model.load": "load_model model_card pick_device",
     "model.adapters": "add_lora merge_adapter",
