@@ -1609,6 +1609,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'instruct_ft/tokenization/encode.py'),
                                                  'instruct_ft.tokenization.encode._tail': ( 'tokenization/encode.html#_tail',
                                                                                             'instruct_ft/tokenization/encode.py'),
+                                                 'instruct_ft.tokenization.encode._token_html': ( 'tokenization/encode.html#_token_html',
+                                                                                                  'instruct_ft/tokenization/encode.py'),
                                                  'instruct_ft.tokenization.encode._tokenise': ( 'tokenization/encode.html#_tokenise',
                                                                                                 'instruct_ft/tokenization/encode.py'),
                                                  'instruct_ft.tokenization.encode._toolset': ( 'tokenization/encode.html#_toolset',

@@ -819,7 +819,8 @@ def test_picture_escapes_and_marks():
     assert "&lt;script&gt;" in page and "&lt;b&gt;" in page and "&amp;amp;" in page
     assert "<script" not in page and "<b>" not in page and "\u202e" not in page + text
     assert "↵" in page and "⟦" in text and text.index("⟦") > text.index("↵")
-    assert page.count("<span") == len(got) == len(picture.tokens)
+    assert page.count("<sub") == len(got) == len(picture.tokens)
+    assert all(f">{i}</sub>" in page for i in got.input_ids) and ">assistant<" in page
     assert text.count("⟦") == text.count("⟧") == 1
     assert isinstance(got, Encoded) and repr(picture) == text
 

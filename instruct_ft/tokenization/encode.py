@@ -67,22 +67,41 @@ class TokenPicture:
         return out + "⟧" * before
 
 # %% ../../nbs/tokenization/31_encode.ipynb #565b9620
+_COLOURS = {
+    "template": "128,128,128",
+    "user": "47,111,208",
+    "assistant": "46,160,67",
+    "end": "215,58,73",
+    "system": "145,90,200",
+    "developer": "145,90,200",
+}  # by role; the roles of tools share one
+
+
+def _token_html(text: str, token_id: int, weight: float, role: str) -> str:
+    "A token: green as far as it is learned, underlined in the colour of its role, its id below"
+    colour = _COLOURS.get(role, "200,120,20")
+    fill = f"46,160,67,{0.35 * weight:.2f}" if weight else "128,128,128,.10"
+    how = f" · learned, weight {weight:g}" if weight else ""
+    title = html.escape(f"{role} · id {token_id}{how}")
+    shown = html.escape(text).replace("↵", "↵<br>")
+    style = f"background:rgba({fill});border-bottom:2px solid rgb({colour});margin-right:1px"
+    small = f'<sub style="font-size:.6em;opacity:.6">{token_id}</sub>'
+    line = "<br>" * shown.endswith("<br>")
+    return f'<span style="{style}" title="{title}">{shown.removesuffix(line)}{small}{line}</span>'
+
+
 def _html(picture: TokenPicture) -> str:
     "The tokens as HTML; colours are translucent, so that they work on a light and on a dark page"
-    learned = "background:rgba(46,160,67,{:.2f});border-bottom:2px solid rgb(46,160,67)"
-    other = "background:rgba(128,128,128,.14);border-bottom:2px solid transparent"
-    spans = []
-    for text, token_id, weight, role in picture.tokens:
-        how = f" · learned, weight {weight:g}" if weight else ""
-        title = html.escape(f"{role} · id {token_id}{how}")
-        shown = html.escape(text).replace("↵", "↵<br>")
-        spans.append(
-            f'<span style="{learned.format(0.35 * weight) if weight else other};margin-right:1px" title="{title}">{shown}</span>'
-        )
+    spans = "".join(_token_html(*token) for token in picture.tokens)
+    roles = dict.fromkeys(role for *_, role in picture.tokens)
+    key = " · ".join(
+        f'<span style="border-bottom:2px solid rgb({_COLOURS.get(r, "200,120,20")})">{html.escape(r)}</span>'
+        for r in roles
+    )
     style = "font-family:monospace;white-space:pre-wrap;line-height:1.9;overflow-wrap:anywhere"
     count = sum(token[2] > 0 for token in picture.tokens)
-    note = f"<small>{len(picture.tokens)} tokens, {count} learned (green)</small>"
-    return f'<div style="{style}">{"".join(spans)}<br>{note}</div>'
+    note = f"<small>{len(picture.tokens)} tokens, {count} learned (green); underlined by role: {key}</small>"
+    return f'<div style="{style}">{spans}<br>{note}</div>'
 
 
 TokenPicture._repr_html_ = _html
