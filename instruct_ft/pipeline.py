@@ -58,7 +58,7 @@ def atlas_rows(
     "The Atlas instructions: train and validation entities, and the held-out ones to report on"
     from instruct_ft.atlas.instructions import instructions
 
-    most = dict(train=limit, validation=min(limit or 400, 400), heldout=min(limit or 1500, 1500))
+    most = dict(train=limit, validation=min(limit or 200, 200), heldout=min(limit or 1300, 1300))
     whole = concatenate_datasets([instructions(name, n) for name, n in most.items()])
     made = StepResult(whole, set_aside([]), step="atlas")
     cleaned = clean(whole)  # all three together, so that no held-out row is a training row as well
