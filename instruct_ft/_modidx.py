@@ -1217,6 +1217,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'instruct_ft.pipeline._Work': ('pipeline.html#_work', 'instruct_ft/pipeline.py'),
                                       'instruct_ft.pipeline._Work.stage': ('pipeline.html#_work.stage', 'instruct_ft/pipeline.py'),
                                       'instruct_ft.pipeline._answers': ('pipeline.html#_answers', 'instruct_ft/pipeline.py'),
+                                      'instruct_ft.pipeline._askable': ('pipeline.html#_askable', 'instruct_ft/pipeline.py'),
                                       'instruct_ft.pipeline._case': ('pipeline.html#_case', 'instruct_ft/pipeline.py'),
                                       'instruct_ft.pipeline._describe': ('pipeline.html#_describe', 'instruct_ft/pipeline.py'),
                                       'instruct_ft.pipeline._finite': ('pipeline.html#_finite', 'instruct_ft/pipeline.py'),

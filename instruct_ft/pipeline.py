@@ -140,6 +140,28 @@ def file_rows(
 # %% ../nbs/68_pipeline.ipynb #14d3883b
 PARTS = ("train", "validation", "test")
 
+# %% ../nbs/68_pipeline.ipynb #68a5ab1e
+def _askable(
+    encoded: list, result: StepResult, tokenizer: Any, settings: Settings
+) -> tuple[list, StepResult]:
+    "Without the rows whose last question leaves no room for an answer; learned from, they may be cut"
+    from instruct_ft.tokenization.encode import encode_prompt
+
+    most, gone, kept = settings.max_length, [], []
+    for i, (row, e) in enumerate(zip(result.kept, encoded, strict=True)):
+        asked = 0
+        if len(e) >= most:
+            asked = len(encode_prompt(question_and_answer(row)[0], tokenizer, settings.template))
+        if asked < most:
+            kept.append(i)
+        else:
+            gone.append(aside(row, "encode", f"question too long: {asked} tokens of {most}"))
+    if not gone:
+        return encoded, result
+    dropped = concatenate_datasets([result.dropped, set_aside(gone)])
+    rest = StepResult(result.kept.select(kept), dropped, result.changes, result.step)
+    return [encoded[i] for i in kept], rest
+
 # %% ../nbs/68_pipeline.ipynb #bdecc59c
 def encode_parts(
     rows: Rows,  # changed: each part keeps the rows that could be encoded, and the step is added
@@ -156,6 +178,8 @@ def encode_parts(
         encoded[name], result = encode_rows(
             getattr(rows, name), tokenizer, settings.template, settings.max_length
         )
+        if name == "test":
+            encoded[name], result = _askable(encoded[name], result, tokenizer, settings)
         setattr(rows, name, result.kept)
         results.append(result)
     dropped = concatenate_datasets([r.dropped for r in results])

@@ -13,8 +13,11 @@ from toy_run import rows, write_jsonl
 
 from instruct_ft import pipeline
 from instruct_ft.data.collect import accounting
+from instruct_ft.model.load import load_model
 from instruct_ft.pipeline import (
+    Rows,
     command,
+    encode_parts,
     file_rows,
     mean_interval,
     open_run,
@@ -424,3 +427,23 @@ def test_rows_of_one_template_are_split_all_the_same():
     parts = file_rows(rows, Settings(), echo=lambda text: None)
     assert all(map(len, (parts.train, parts.validation, parts.test)))
     assert any("near-duplicate rows stand on both sides" in n for n in parts.notes)
+
+
+def test_a_test_row_whose_question_fills_the_window_is_set_aside(base, tmp_path):
+    "Its first answer can be learned from; its last question cannot be asked"
+    long = [
+        dict(role="user", content="say cat"),
+        dict(role="assistant", content="CAT"),
+        dict(role="user", content="dog " * 400),
+        dict(role="assistant", content="DOG"),
+    ]
+    data = [
+        dict(id="long", messages=long),
+        *(dict(id=f"r{i}", messages=long[:2]) for i in range(3)),
+    ]
+    sets = Rows(*(Dataset.from_list(data) for _ in range(3)), steps=[])
+    _, tokenizer = load_model(base)
+    encoded = encode_parts(sets, tokenizer, Settings(max_length=64))
+    assert len(encoded["train"]) == 4 and len(encoded["test"]) == len(sets.test) == 3
+    dropped = sets.steps[-1].dropped
+    assert dropped["id"][:] == ["long"] and dropped["reason"][0].startswith("question too long: ")
