@@ -1416,3 +1416,7 @@ def test_p7_g6_a_control_token_in_wide_letters_stays_text(text):
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     (end,) = [i for i in encoded.input_ids if i in special]
     assert end == tokenizer.eos_token_id == encoded.input_ids[-1]
+
+
+def test_the_shipped_template_is_one_of_ours_and_need_not_be_rendered_row_by_row():
+    assert family("atlas").chat_template == TEMPLATES["chatml"].jinja
