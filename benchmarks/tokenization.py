@@ -8,6 +8,7 @@ with `assistant_only_loss` and prompt with completion, and the faster counts. It
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from instruct_ft.atlas.facts import atlas_path
 from instruct_ft.atlas.instructions import instructions
 from instruct_ft.tokenization.encode import encode_rows
 
-TEMPLATE = (  # ChatML, with the marks that TRL needs
+TEMPLATE = (  # the decoder's own ChatML, with the marks that TRL needs
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
     "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -77,7 +78,9 @@ def seconds(work) -> float:
 def measure(rows: Dataset, tokenizer, rounds: int) -> dict[str, list[float]]:
     "Way -> CPU seconds by round"
     texts = tokenizer.apply_chat_template(rows["messages"][:], tokenize=False)
-    theirs = trl_ways(rows, tokenizer)
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = TEMPLATE
+    theirs = trl_ways(rows, marked)
     ways = {
         "tokenizer.encode_batch": lambda: tokenizer.backend_tokenizer.encode_batch(
             texts, add_special_tokens=False
@@ -104,7 +107,6 @@ def main() -> None:
     disable_progress_bars()
     disable_caching()
     tokenizer = AutoTokenizer.from_pretrained(atlas_path("decoder"))
-    tokenizer.chat_template = TEMPLATE
     out = {}
     for kind, rows in make_rows(options.rows).items():
         found = out[kind] = measure(rows, tokenizer, options.rounds)
