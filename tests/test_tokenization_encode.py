@@ -1420,3 +1420,13 @@ def test_p7_g6_a_control_token_in_wide_letters_stays_text(text):
 
 def test_the_shipped_template_is_one_of_ours_and_need_not_be_rendered_row_by_row():
     assert family("atlas").chat_template == TEMPLATES["chatml"].jinja
+
+
+def test_a_picture_needs_no_tokenizer_where_encode_has_noted_it():
+    tok, rows = byte_level(), [dict(id="a", messages=say("x", "y"))]
+    one = encode(rows[0]["messages"], tok)
+    assert repr(show_tokens(one)) == repr(show_tokens(one, tok)) and "tokenizer" not in repr(one)
+    [same], _ = encode_rows(rows, tok)
+    assert same == one
+    with pytest.raises(InputError, match="second argument"):
+        show_tokens(same)

@@ -38,6 +38,9 @@ class Encoded:
         list[tuple[str, int, int]],
         "(role, 'template' or 'end'; first token; token after the last): together all of the tokens",
     ]
+    tokenizer: Annotated[Any, "what it was made with, if by `encode`"] = field(
+        default=None, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -109,9 +112,16 @@ TokenPicture._repr_html_ = _html
 
 def show_tokens(
     encoded: Encoded,  # what to draw
-    tokenizer: Any,  # the tokenizer that made it
+    tokenizer: Any = None,  # the tokenizer that made it; None: the one that `encode` noted
 ) -> TokenPicture:  # shows itself; `str()` is the plain text
-    "A picture of which tokens are learned"
+    """A picture of the tokens: id, role, and how far each is learned
+
+    Raises `InputError` when nobody says which tokenizer made them."""
+    tokenizer = encoded.tokenizer if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise InputError(
+            "show_tokens: rows do not keep their tokenizer; give it as second argument."
+        )
     roles = ["template"] * len(encoded)
     for role, start, end in encoded.segments:
         roles[start:end] = [role] * (end - start)
@@ -859,6 +869,7 @@ def encode(
     )
     if isinstance(encoded, InputError):
         raise encoded
+    encoded.tokenizer = tokenizer
     return encoded
 
 # %% ../../nbs/tokenization/31_encode.ipynb #cae5efbd
