@@ -252,7 +252,7 @@ FAULTS = [  # the check that has to name it, the tokenizer, the fault
     ("template-renders", "atlas", put("t", "chat_template", "{{ raise_exception('no') }}")),
     ("template-renders", "atlas", put("t", "chat_template", "{% for m in messages %}")),
     ("template-keeps-messages", "atlas", template("m['content']", "m['content'].lower()")),
-    ("template-keeps-messages", "atlas", template("{{ m['content'] }}", "{{ m['role'] }}")),
+    ("template-keeps-messages", "atlas", template("m['content'] }}", "m['role'] }}")),
     ("answers-end", "atlas", template("<|im_end|>", "")),
     ("prompt-is-as-trained", "atlas", template("<|im_start|>assistant", "<|im_start|>bot")),
     ("prompt-opens-the-answer", "atlas", template("add_generation_prompt", "false")),
