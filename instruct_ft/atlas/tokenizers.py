@@ -149,6 +149,21 @@ FAMILIES = {
 }  # family: its parts, what stands around one text and around two, its roles
 
 # %% ../../nbs/atlas/14_tokenizers.ipynb #ebf6fa85
+def _family(name: str) -> tuple:
+    "Parts, surroundings and roles of a family"
+    if name not in FAMILIES:
+        raise InputError(f"family = {name!r}: give one of {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def _with_roles(t: Tokenizer, family: str) -> "PreTrainedTokenizerFast":
+    "The tokenizer as transformers knows it"
+    from transformers import PreTrainedTokenizerFast
+
+    how = dict(model_max_length=512, clean_up_tokenization_spaces=False, padding_side="right")
+    return PreTrainedTokenizerFast(tokenizer_object=t, **how, **FAMILIES[family][2])
+
+# %% ../../nbs/atlas/14_tokenizers.ipynb #56a98987
 def new_tokenizer(
     family: str,  # a key of `FAMILIES`
     docs: Iterable[str],  # text to learn the pieces from
@@ -157,11 +172,7 @@ def new_tokenizer(
     """Train a tokenizer of a family
 
     Raises `InputError` for a family that there is not, and for a vocabulary too small for its fixed tokens."""
-    from transformers import PreTrainedTokenizerFast
-
-    if family not in FAMILIES:
-        raise InputError(f"family = {family!r}: give one of {', '.join(FAMILIES)}.")
-    parts, around, roles = FAMILIES[family]
+    parts, around, _ = _family(family)
     t, trainer = parts()
     if vocab_size < (least := len(trainer.special_tokens) + 256):
         raise InputError(f"vocab_size = {vocab_size}: {family} needs at least {least}.")
@@ -173,8 +184,7 @@ def new_tokenizer(
     t = _ordinary_bytes(t) if family == "llama" else t
     if around:
         _around(t, *around)
-    how = dict(model_max_length=512, clean_up_tokenization_spaces=False, padding_side="right")
-    return PreTrainedTokenizerFast(tokenizer_object=t, **how, **roles)
+    return _with_roles(t, family)
 
 
 @lru_cache(maxsize=16)
@@ -183,7 +193,7 @@ def _trained(family: str, vocab_size: int) -> str:
     docs = islice(corpus(0), 4000)
     return new_tokenizer(family, docs, vocab_size).backend_tokenizer.to_str()
 
-
+# %% ../../nbs/atlas/14_tokenizers.ipynb #318f13f3
 def family_tokenizer(
     family: str,  # a key of `FAMILIES`
     vocab_size: int = 4096,  # tokens
@@ -191,10 +201,5 @@ def family_tokenizer(
     """The tokenizer of a family, trained on 4,000 documents of the Atlas corpus
 
     Raises `InputError` for a family that there is not."""
-    from transformers import PreTrainedTokenizerFast
-
-    if family not in FAMILIES:
-        raise InputError(f"family = {family!r}: give one of {', '.join(FAMILIES)}.")
-    t = Tokenizer.from_str(_trained(family, vocab_size))
-    how = dict(model_max_length=512, clean_up_tokenization_spaces=False, padding_side="right")
-    return PreTrainedTokenizerFast(tokenizer_object=t, **how, **FAMILIES[family][2])
+    _family(family)
+    return _with_roles(Tokenizer.from_str(_trained(family, vocab_size)), family)

@@ -84,7 +84,7 @@ def _only(rows: Dataset, fits: np.ndarray) -> Dataset:
         return _of_table(rows, rows.data.table.filter(pa.array(fits)))
     return rows if fits.all() else rows.select(np.flatnonzero(fits))
 
-
+# %% ../../nbs/data/21_clean.ipynb #c7215c8a
 def _of_table(rows: Dataset, table: pa.Table) -> Dataset:
     "Rows like these with other values; a fingerprint of the content would take longer than the step"
     info, mark = DatasetInfo(features=rows.features), generate_random_fingerprint()

@@ -362,7 +362,7 @@ def _blame(stages: _Stages, text: str, at: int) -> str:
     steps = [_step(stages, text[i], i) for i in (at, *range(left, right))]
     return next((step for step in steps if step != "decoder"), "decoder")
 
-
+# %% ../../nbs/tokenization/34_characters.ipynb #6b41deac
 def _step(stages: _Stages, char: str, at: int) -> str:
     "The first step that touched a character"
     written = stages.written[at]
@@ -823,7 +823,7 @@ def with_policies(
 
 _NO_PREFIX = "this tokenizer puts ▁ before a text only while the first character is in place: where a policy rewrites that character, the ▁ is missing; use normalise_text for such texts"
 
-
+# %% ../../nbs/tokenization/34_characters.ipynb #d9d5a07d
 def _like(tokenizer: Any, core: Tokenizer) -> "PreTrainedTokenizerFast":
     "A tokenizer of the general class with the roles and settings of another"
     from transformers import PreTrainedTokenizerFast

@@ -141,7 +141,7 @@ def _reader(name: str, tokenizer: Any, window: int | None) -> _Reader:
 
 _NOT_FAST = "tokenizer {name}: a {kind} is no fast tokenizer; load it with AutoTokenizer, or wrap a tokenizers.Tokenizer in PreTrainedTokenizerFast."
 
-
+# %% ../../nbs/tokenization/30_choose.ipynb #405d7952
 def _look_up(reader: _Reader, spec: dict) -> None:
     "Fill in what the vocabulary and the model say"
     vocab, model = reader.core.get_vocab(with_added_tokens=True), spec["model"]
@@ -378,7 +378,7 @@ def _pieces(reader: _Reader, tally: _Tally) -> dict[str, Any]:
         losses={why: n[why] / len(tally.sizes) for why in LOSSES},
     )
 
-
+# %% ../../nbs/tokenization/30_choose.ipynb #e304e4b3
 def _cost(reader: _Reader, tally: _Tally, size: ModelSize | None) -> dict[str, Any]:
     "The figures about length and cost"
     sizes, window, table = tally.sizes + reader.around, reader.window, 0

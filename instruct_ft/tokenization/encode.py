@@ -92,7 +92,7 @@ def _token_html(text: str, token_id: int, weight: float, role: str) -> str:
     line = "<br>" * shown.endswith("<br>")
     return f'<span style="{style}" title="{title}">{shown.removesuffix(line)}{small}{line}</span>'
 
-
+# %% ../../nbs/tokenization/31_encode.ipynb #94806001
 def _html(picture: TokenPicture) -> str:
     "The tokens as HTML; colours are translucent, so that they work on a light and on a dark page"
     spans = "".join(_token_html(*token) for token in picture.tokens)
@@ -109,7 +109,7 @@ def _html(picture: TokenPicture) -> str:
 
 TokenPicture._repr_html_ = _html
 
-
+# %% ../../nbs/tokenization/31_encode.ipynb #960f3d57
 def show_tokens(
     encoded: Encoded,  # what to draw
     tokenizer: Any = None,  # the tokenizer that made it; None: the one that `encode` noted
@@ -450,7 +450,7 @@ def _fill(coder: _Coder, layout: _Layout, messages: list[dict]) -> _Laid:
     laid.text = "".join(parts)
     return laid
 
-
+# %% ../../nbs/tokenization/31_encode.ipynb #4be8e4c4
 def _typed(coder: _Coder, text: str) -> list[tuple[int, int]]:
     "Where a message has surfaces of control tokens; all of it if one shows when normalised"
     near = any(hint in text for hint in coder.hints)
@@ -903,7 +903,7 @@ def _encode(
             done[i] = _attempt(_finish, kit, done[i], several, learn, other)
     return done
 
-
+# %% ../../nbs/tokenization/31_encode.ipynb #74dab6a4
 def _other(learn: str, prompt_weight: float) -> float:
     "The weight of what is no answer to be learned; `InputError` for bad choices"
     if learn not in ("assistant", "last", "all"):
@@ -932,7 +932,7 @@ def _shorten(encoded: Encoded, max_length: int | None) -> Encoded:
     segments = [(r, a, min(b, max_length)) for r, a, b in encoded.segments if a < max_length]
     return Encoded(encoded.input_ids[:max_length], encoded.loss_mask[:max_length], segments)
 
-
+# %% ../../nbs/tokenization/31_encode.ipynb #d522ff05
 def encode_prompt(
     messages: list[dict],  # turns; an answer at the end is left off: it is what is asked for
     tokenizer: Any,  # a fast tokenizer
@@ -1025,7 +1025,7 @@ def _no_none(value: Any) -> Any:
         return {k: _no_none(v) for k, v in value.items() if v is not None}
     return [_no_none(v) for v in value] if isinstance(value, list) else value
 
-
+# %% ../../nbs/tokenization/31_encode.ipynb #f98aca84
 def _table(rows: Dataset | list[dict], kept: list[int]) -> Dataset:
     "Some of the rows as a table, with their columns also when there are none"
     if isinstance(rows, Dataset):

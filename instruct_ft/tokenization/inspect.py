@@ -191,7 +191,7 @@ class _Subject:
         "Ids with their tokens, the first five"
         return _some([f"{self.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in ids])
 
-
+# %% ../../nbs/tokenization/36_inspect.ipynb #994a71cf
 def _some(items: Iterable[Any], most: int = 5) -> str:
     "The first few, and how many more there are"
     items = [str(i) for i in items]
@@ -725,7 +725,7 @@ def _accents_have_one_form(s: _Subject) -> _Result:
         "note",
     )
 
-
+# %% ../../nbs/tokenization/36_inspect.ipynb #81f48281
 @_check(
     "Words given as a list are glued together: 'Angela', 'Merkel' is read as AngelaMerkel.",
     "load the tokenizer with add_prefix_space=True, or encode the text and use offsets",
@@ -949,7 +949,7 @@ def _template_is_there(s: _Subject) -> _Result:
 def _no_template(s: _Subject) -> bool:
     return _attempt(resolve_template, s.tokenizer, s.wanted) is None
 
-
+# %% ../../nbs/tokenization/36_inspect.ipynb #9ad62d6a
 @_check(
     "A template that raises stops the run at the first row, one that refuses system turns at the first of those.",
     "mend the Jinja text in tokenizer.chat_template",
@@ -1030,7 +1030,7 @@ def _shared(a: str, b: str) -> str:
         x for x, _ in itertools.takewhile(lambda p: p[0] == p[1], zip(a, b, strict=False))
     )
 
-
+# %% ../../nbs/tokenization/36_inspect.ipynb #4a065f02
 @_check(
     "Without it the model has to write the header of its own turn, and may write the user's instead.",
     "end the template with {% if add_generation_prompt %}…{% endif %}",
@@ -1076,7 +1076,7 @@ def _ends_are_stops(s: _Subject) -> _Result:
         f"{s.named(stops)}",
     )
 
-
+# %% ../../nbs/tokenization/36_inspect.ipynb #e462e813
 @_check(
     "A model has never seen two start tokens: every prompt is a little strange to it.",
     "encode rendered text with add_special_tokens=False; let the template or the tokenizer write the BOS, not both",
@@ -1122,7 +1122,7 @@ def _answer_starts_apart(s: _Subject) -> _Result:
         "warn",
     )
 
-
+# %% ../../nbs/tokenization/36_inspect.ipynb #149b317f
 @_check(
     "A user who types a control token closes his own turn and opens another.",
     "encode with `encode`; with the tokenizer alone pass split_special_tokens=True for what users wrote",
@@ -1316,7 +1316,7 @@ def _agree(s: _Subject, config: Any, roles: tuple[str, ...]) -> _Result:
         bad := _differences(s, config, [r for r in roles if r not in known]), _some(bad)
     )
 
-
+# %% ../../nbs/tokenization/36_inspect.ipynb #1e081fda
 @_check(
     "Losses and heads look for padding and the end by the ids of the config.",
     "model.config.pad_token_id = tokenizer.pad_token_id, the same for bos and eos, and save the model",
@@ -1600,7 +1600,7 @@ def diff_tokenizers(
         len(texts),
     )
 
-
+# %% ../../nbs/tokenization/36_inspect.ipynb #f3bbb014
 def _text_diff(a: Any, b: Any, text: str) -> dict | None:
     "The first place where two tokenizers differ on a text, with some tokens from there on"
     left, right = list(a(text)["input_ids"]), list(b(text)["input_ids"])

@@ -163,7 +163,7 @@ def _pieces_of_characters(parts: _Parts) -> np.ndarray:
         found[i] = "\ufffd" in decode([piece]) if parts.bytes else piece in names
     return found
 
-
+# %% ../../nbs/tokenization/35_oov.ipynb #6828bb35
 def _tally(tokenizer: Any, parts: _Parts, texts: Iterable[str]) -> tuple[dict[str, _Word], Counter]:
     "What becomes of each word; counts of texts, characters, tokens and bytes"
     unknown, partial = _unknown(tokenizer, parts), _pieces_of_characters(parts)
@@ -514,7 +514,7 @@ def _with_bytes(decoder: dict | None) -> dict:
     steps = decoder.get("decoders", [decoder]) if decoder else []
     return dict(type="Sequence", decoders=[dict(type="ByteFallback"), *steps])
 
-
+# %% ../../nbs/tokenization/35_oov.ipynb #6a7b18fd
 def add_byte_fallback(
     tokenizer: Any,  # a fast BPE or unigram tokenizer; it stays as it is
     model: Any = None,  # a model of transformers that gets the rows; it is changed
@@ -846,7 +846,7 @@ class Nearest(NamedTuple):
     word: str
     distance: Annotated[float, "edits; 1 - cosine for embeddings; 0: the word itself"]
 
-
+# %% ../../nbs/tokenization/35_oov.ipynb #ff932f46
 class KnownWords:
     "A closed vocabulary: says which of its words is nearest to another, by edit distance"
 
@@ -922,7 +922,7 @@ class Mapped:
             at, shift = start + shift + len(after), shift + len(after) - len(before)
         return "".join([*out, self.text[at:]])
 
-
+# %% ../../nbs/tokenization/35_oov.ipynb #40347047
 def _map(known: KnownWords, text: str) -> Mapped:
     "See `KnownWords.map`"
     (text,) = _texts([text], "text")

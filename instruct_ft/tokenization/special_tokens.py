@@ -480,7 +480,7 @@ TrainedRows.close = _close
 TrainedRows.__enter__ = lambda self: self
 TrainedRows.__exit__ = lambda self, *_: self.close() and None
 
-
+# %% ../../nbs/tokenization/33_special_tokens.ipynb #37d5102a
 def train_only_rows(
     model: "PreTrainedModel",  # changed: everything but the rows is frozen until `close()`
     ids: Iterable[int],  # which rows, of the input embedding and of the head (with its bias)
