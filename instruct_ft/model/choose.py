@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'SHAPES', 'SLOTS', 'family_of', 'open_for', 'Result', 'solve', 'Rows', 'compare_architectures']
 
-# %% ../../nbs/model/40_choose.ipynb #4c72c45e
+# %% ../../nbs/model/40_choose.ipynb #863e4678
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -302,7 +303,7 @@ def _read_texts(model: Any, tok: Any, rows: list[dict[str, Any]]) -> list[str]:
 
 _READ = {"label": _read_labels, "tags": _read_tags, "span": _read_spans, "text": _read_texts}
 
-# %% ../../nbs/model/40_choose.ipynb #5d9199dc
+# %% ../../nbs/model/40_choose.ipynb #b186167f
 def _names(tags: Sequence[str]) -> set[tuple[int, int, str]]:
     "Start, end and kind of each name; an `I-` that continues nothing begins one"
     out, start, kind = set(), 0, ""
@@ -328,8 +329,11 @@ def _score(task: str, answers: list[Any], rows: list[dict[str, Any]]) -> float:
 
 
 def _key(text: str) -> str:
-    "Case and spaces do not count: a BERT tokenizer loses both"
-    return "".join(text.lower().split())
+    "Case, accents and spaces do not count: a BERT tokenizer loses them all"
+    letters = (
+        c for c in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(c)
+    )
+    return "".join("".join(letters).split())
 
 # %% ../../nbs/model/40_choose.ipynb #0ef8506e
 @dataclass(frozen=True)
