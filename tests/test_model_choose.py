@@ -79,8 +79,11 @@ def test_a_run_is_repeatable_and_its_seed_counts(checkpoint):
     assert first.quality == again.quality
 
 
-def test_random_weights_are_not_the_checkpoints(checkpoint):
-    tuned, fresh = (open_for(checkpoint, "rewriting", random=r)[0] for r in (False, True))
+@pytest.mark.parametrize("name", ["decoder", "encoder"])
+def test_random_weights_are_not_the_checkpoints_and_both_are_float32(name):
+    "The shipped models are stored in float16, which the configuration says"
+    tuned, fresh = (open_for(atlas_path(name), "rewriting", random=r)[0] for r in (False, True))
+    assert {p.dtype for m in (tuned, fresh) for p in m.parameters()} == {torch.float32}
     a, b = tuned.get_input_embeddings().weight, fresh.get_input_embeddings().weight
     assert a.shape == b.shape and not torch.allclose(a, b)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LENGTHS', 'new_encoder', 'new_roberta', 'new_seq2seq', 'text_rows', 'mask_tokens', 'masked_loss', 'corrupt_spans',
-           'span_loss', 'by_length', 'grow_positions']
+           'span_loss', 'wire_matching', 'by_length', 'grow_positions']
 
 # %% ../../nbs/atlas/15_families.ipynb #abe6c80d
 from collections.abc import Callable, Iterable, Iterator
@@ -213,7 +213,21 @@ def span_loss(
 
     return loss
 
-# %% ../../nbs/atlas/15_families.ipynb #93df2ce8
+# %% ../../nbs/atlas/15_families.ipynb #82c144c7
+@torch.no_grad()
+def wire_matching(
+    model: T5ForConditionalGeneration,  # changed in place: cross-attention of every layer
+    sharpness: float = 6.0,  # score of a token with its like, on average
+) -> None:
+    "Start the cross-attention so that each token of the decoder looks for the same token in the encoder"
+    config = model.config
+    std = (sharpness / (config.d_kv * config.d_model)) ** 0.5
+    for block in model.decoder.block:
+        cross = block.layer[1].EncDecAttention
+        torch.nn.init.normal_(cross.q.weight, std=std)
+        cross.k.weight.copy_(cross.q.weight)
+
+# %% ../../nbs/atlas/15_families.ipynb #7ea3c42f
 LENGTHS = {32: 0.36, 64: 0.28, 128: 0.2, 256: 0.16}  # tokens a row -> share of the steps
 
 
@@ -233,7 +247,7 @@ def by_length(
             text_rows(text, tokenizer, tokens // length, length), round(share * steps)
         )
 
-# %% ../../nbs/atlas/15_families.ipynb #f6cccdd9
+# %% ../../nbs/atlas/15_families.ipynb #a26e1130
 def grow_positions(
     model: PreTrainedModel,  # its position rows are changed when the blocks grow longer
     blocks: Iterable[torch.Tensor],  # `(B, T)` ids

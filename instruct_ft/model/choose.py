@@ -67,7 +67,7 @@ def _config(name: str | Path) -> Any:
         what = " ".join(str(e).split())[:160]
         raise InputError(f"{name}: no configuration can be read there: {what}") from None
 
-# %% ../../nbs/model/40_choose.ipynb #e5fb00a3
+# %% ../../nbs/model/40_choose.ipynb #bc219f65
 SHAPES = {
     "topic": "label",
     "sentiment": "label",
@@ -128,7 +128,7 @@ def open_for(
         config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(seed)
     if random:
-        return kind.from_config(config), tokenizer
+        return kind.from_config(config, dtype=torch.float32), tokenizer
     how = dict(config=config, dtype=torch.float32, use_safetensors=True)
     with _quiet():  # that a head is new is what is asked for
         return kind.from_pretrained(checkpoint, **how), tokenizer
@@ -411,7 +411,7 @@ def solve(
         parameters=count,
     )
 
-# %% ../../nbs/model/40_choose.ipynb #7cabbe92
+# %% ../../nbs/model/40_choose.ipynb #a3b590cc
 @dataclass(frozen=True)
 class Rows:
     "The rows of one task"
@@ -425,7 +425,7 @@ class Rows:
 def compare_architectures(
     checkpoints: dict[str, str | Path],  # name in the table -> folder or hub name
     tasks: dict[str, Rows],  # a key of `SHAPES` -> its rows
-    rates: Sequence[float] = (5e-4, 2e-3),  # of which the best on validation is taken
+    rates: Sequence[float] = (3e-4, 1e-3),  # of which the best on validation is taken
     seeds: Sequence[int] = (0, 1, 2),
     epochs: int = 4,
     *,
