@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForTokenClassification,
@@ -27,7 +29,7 @@ from transformers import (
     T5ForTokenClassification,
 )
 
-from instruct_ft.atlas.tokenizers import family_tokenizer
+from instruct_ft.atlas.facts import atlas_path
 from instruct_ft.model.crf import (
     Constraints,
     CRFTagger,
@@ -660,7 +662,7 @@ def test_other_settings_that_are_refused():
 
 IDS = dict(id2label=dict(enumerate(NAMES)), label2id={n: k for k, n in enumerate(NAMES)})
 SIZE = dict(
-    vocab_size=4096,
+    vocab_size=6144,
     hidden_size=16,
     intermediate_size=32,
     num_hidden_layers=2,
@@ -693,21 +695,31 @@ def tagger(kind):
             LlamaConfig(max_position_embeddings=40, pad_token_id=0, **SIZE, **IDS)
         ).eval()
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=4096, n_embd=16, n_layer=2, n_head=2, n_positions=40, **IDS)
+        config = GPT2Config(vocab_size=6144, n_embd=16, n_layer=2, n_head=2, n_positions=40, **IDS)
         return GPT2ForTokenClassification(config).eval()
     config = T5Config(
-        vocab_size=4096, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, **IDS
+        vocab_size=6144, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, **IDS
     )
     return T5ForTokenClassification(config).eval()
 
 
-FAMILIES = {"bert": "bert", "roberta": "roberta", "llama": "gpt", "gpt2": "gpt", "t5": "t5"}
+FAMILIES = {
+    "bert": "encoder",
+    "roberta": "decoder",
+    "llama": "decoder",
+    "gpt2": "decoder",
+    "t5": "encoder",
+}
+
+
+@cache
+def shipped_tokenizer(name):
+    return AutoTokenizer.from_pretrained(atlas_path(name))
 
 
 def tokenizer_of(kind):
-    tok = family_tokenizer(FAMILIES[kind])
-    if tok.pad_token is None:
-        tok.pad_token = tok.eos_token
+    tok = copy.deepcopy(shipped_tokenizer(FAMILIES[kind]))
+    tok.pad_token = tok.pad_token or tok.eos_token
     return tok
 
 
@@ -781,14 +793,11 @@ def test_only_first_sub_tokens_carry_labels():
     assert (labels != -100).sum() == 3 < len(ids) - 2 and labels[0] == labels[-1] == -100
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["bert", "t5"])
+@pytest.mark.parametrize(("kind", "side"), [("bert", "right"), ("t5", "right"), ("t5", "left")])
 def test_a_row_is_tagged_as_it_is_alone(kind, side):
     tok, model = tokenizer_of(kind), CRFTagger.around(tagger(kind))
     model.crf.transitions.data.normal_()
     tok.padding_side = side
-    if kind == "bert" and side == "left":
-        pytest.skip("BERT counts positions from the left edge, padding included")
     together = model.train().tag(ROWS, tok, batch_size=2)
     assert together == [model.tag([row], tok)[0] for row in ROWS] and model.training
 
