@@ -267,6 +267,18 @@ def test_rescaling_at_every_step_changes_nothing(monkeypatch):
     assert min(seen) <= 5 and max(seen) > 40, seen
 
 
+def test_a_row_of_four_thousand_steps_neither_underflows_nor_overflows():
+    crf, (x, _, _) = make(5, BIOES, scale=2.0), batch(1, B=1, T=4000, K=5, scale=4.0, mask="all")
+    t, s, e = crf._potentials()
+    alpha = s + x[0, 0].double()
+    for step in x[0, 1:].double():
+        alpha = torch.logsumexp(alpha[:, None] + t, 0) + step
+    wanted = torch.logsumexp(alpha + e, 0).item()
+    assert wanted > 1000  # far beyond what exp can hold
+    assert crf.log_partition(x.double()).item() == pytest.approx(wanted, rel=1e-12)
+    assert torch.allclose(crf.marginals(x.double()).sum(-1), torch.ones(1, 4000).double())
+
+
 # ---------------------------------------------------------------- what pytorch-crf gets wrong, by name
 
 
