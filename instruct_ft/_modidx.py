@@ -1167,6 +1167,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'instruct_ft/model/adapters.py'),
                                             'instruct_ft.model.adapters._answers': ( 'model/adapters.html#_answers',
                                                                                      'instruct_ft/model/adapters.py'),
+                                            'instruct_ft.model.adapters._base_alone': ( 'model/adapters.html#_base_alone',
+                                                                                        'instruct_ft/model/adapters.py'),
                                             'instruct_ft.model.adapters._check_company': ( 'model/adapters.html#_check_company',
                                                                                            'instruct_ft/model/adapters.py'),
                                             'instruct_ft.model.adapters._check_mergeable': ( 'model/adapters.html#_check_mergeable',

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'linear_layers', 'add_adapter', 'add_lora', 'lora_plus_groups', 'use_adapter', 'logits_by_row',
            'merge_adapter', 'save_adapter', 'load_adapter']
 
-# %% ../../nbs/model/46_adapters.ipynb #719fd058
+# %% ../../nbs/model/46_adapters.ipynb #b9cb94da
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from .load import quiet, read_header
 from ..settings import InputError
 
-# %% ../../nbs/model/46_adapters.ipynb #f4bff456
+# %% ../../nbs/model/46_adapters.ipynb #fb30cd2f
 _ENDS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -49,7 +49,7 @@ def _task(model: PreTrainedModel) -> str | None:  # peft's name; None: a masked 
     lone = task == "SEQ_2_SEQ_LM" and not model.config.is_encoder_decoder
     return "CAUSAL_LM" if lone else task
 
-# %% ../../nbs/model/46_adapters.ipynb #d1005991
+# %% ../../nbs/model/46_adapters.ipynb #62178e21
 def _heads(model: PreTrainedModel) -> list[str]:
     "Names of what sits on a pretrained body and is not a language model's output"
     body = getattr(model, model.base_model_prefix, None)
@@ -83,7 +83,7 @@ def linear_layers(
             found.append(name)
     return found
 
-# %% ../../nbs/model/46_adapters.ipynb #1d7ba989
+# %% ../../nbs/model/46_adapters.ipynb #9d06f5df
 METHODS = {
     "lora": "W + (alpha / r) B A",
     "rslora": "W + (alpha / sqrt(r)) B A: high ranks keep their say",
@@ -97,7 +97,7 @@ METHODS = {
 _LORAS = ("lora", "rslora", "dora", "pissa")
 _PROMPTS = ("prefix", "prompt", "p-tuning")
 
-# %% ../../nbs/model/46_adapters.ipynb #32382395
+# %% ../../nbs/model/46_adapters.ipynb #5895eef5
 def _check_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
     "`InputError` unless every target is the name of linear layers"
     layers = linear_layers(model)
@@ -132,7 +132,7 @@ def _check_numbers(
         what = f"{virtual} virtual tokens do not fit"
         raise InputError(f"add_adapter: {what}; give a whole number from 1 to below {room}.")
 
-# %% ../../nbs/model/46_adapters.ipynb #021decec
+# %% ../../nbs/model/46_adapters.ipynb #c219f0c7
 def _takes_past(model: PreTrainedModel) -> bool:
     "Can keys and values be put in front?"
     body = getattr(model, model.base_model_prefix, model)
@@ -167,7 +167,7 @@ def _check_method(model: PreTrainedModel, method: str, targets: Any, tokens: Any
         return
     raise InputError(f"add_adapter: {fault}.")
 
-# %% ../../nbs/model/46_adapters.ipynb #fed5541b
+# %% ../../nbs/model/46_adapters.ipynb #cbebde98
 def _check_name(model: Any, name: str) -> None:
     "`InputError` for a name that is taken or would be mistaken for a part of the model"
     there = list(getattr(model, "peft_config", {}))
@@ -198,7 +198,7 @@ def _check_company(model: Any, name: str, config: peft.PeftConfig) -> None:
         return
     raise InputError(f"add_adapter: {fault}; give {name} a base of its own.")
 
-# %% ../../nbs/model/46_adapters.ipynb #6bf076a7
+# %% ../../nbs/model/46_adapters.ipynb #49f259e7
 def _token_rows(model: Any, tokens: Iterable[int]) -> dict[str, list[int]] | None:
     "Module -> ids: the input table, and the output if it is not tied; adapters may be on it"
     tokens = sorted({int(token) for token in tokens})
@@ -235,7 +235,7 @@ def _check_rows(model: peft.PeftModel) -> None:
             mend = "train the rows with train_only_rows first, then add the adapter without them"
             raise InputError(f"train_tokens: {what}; {mend}.")
 
-# %% ../../nbs/model/46_adapters.ipynb #ed017a1f
+# %% ../../nbs/model/46_adapters.ipynb #56ed5034
 def _config(model: Any, method: str, lora: dict[str, Any], virtual: int) -> peft.PeftConfig:
     "What `peft` is asked for"
     core = _core(model)
@@ -259,15 +259,16 @@ def _config(model: Any, method: str, lora: dict[str, Any], virtual: int) -> peft
     width = core.get_input_embeddings().weight.shape[1]
     return peft.PromptEncoderConfig(encoder_hidden_size=width, **front)
 
-# %% ../../nbs/model/46_adapters.ipynb #b8647b63
-def _strip(core: PreTrainedModel) -> None:
-    "Take everything that an adapter has put in out of a model"
+# %% ../../nbs/model/46_adapters.ipynb #8fc999c7
+def _strip(core: PreTrainedModel, head: str | None = None) -> None:
+    "Take out what adapters have put into a model; the head of the adapter `head` stays"
     for module in list(core.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BaseTunerLayer):
                 setattr(module, name, child.get_base_layer())
             elif isinstance(child, AuxiliaryTrainingWrapper):
-                setattr(module, name, child.original_module)
+                heads = dict(getattr(child, "modules_to_save", {}).items())
+                setattr(module, name, heads.get(head, child.original_module))
     core.__dict__.pop("peft_config", None)
 
 
@@ -302,7 +303,7 @@ def _put(model: Any, config: peft.PeftConfig, name: str) -> peft.PeftModel:
         return model
     return peft.get_peft_model(model, config, adapter_name=name)
 
-# %% ../../nbs/model/46_adapters.ipynb #f988f192
+# %% ../../nbs/model/46_adapters.ipynb #ef4ee2ba
 def add_adapter(
     model: PreTrainedModel | peft.PeftModel,  # changed in place: its own weights are frozen
     method: str = "lora",  # a key of `METHODS`
@@ -336,7 +337,7 @@ def add_adapter(
         _check_rows(tuned)
     return tuned
 
-# %% ../../nbs/model/46_adapters.ipynb #a86b41b2
+# %% ../../nbs/model/46_adapters.ipynb #91fcfa63
 def add_lora(
     model: PreTrainedModel | peft.PeftModel,  # changed in place: its own weights are frozen
     rank: int = 16,  # `r`, rows of `A` and columns of `B`
@@ -351,7 +352,7 @@ def add_lora(
     Source: Hu et al. 2021, LoRA, section 4.1"""
     return add_adapter(model, "lora", rank, alpha, dropout, target_modules, train_tokens)
 
-# %% ../../nbs/model/46_adapters.ipynb #0fb9b9bf
+# %% ../../nbs/model/46_adapters.ipynb #bd91b18f
 def lora_plus_groups(
     model: peft.PeftModel,  # with a LoRA adapter
     lr: float,  # rate of all that is not a `B`
@@ -375,7 +376,7 @@ def lora_plus_groups(
     groups = [(slow, lr, weight_decay), (fast, lr * ratio, weight_decay), (flat, lr, 0.0)]
     return [dict(params=p, lr=r, weight_decay=d) for p, r, d in groups if p]
 
-# %% ../../nbs/model/46_adapters.ipynb #d3e4b104
+# %% ../../nbs/model/46_adapters.ipynb #1d004b0c
 def _known(model: Any, name: str, what: str) -> None:
     "`InputError` unless the model has this adapter"
     there = list(getattr(model, "peft_config", {}))
@@ -395,7 +396,7 @@ def use_adapter(
     model.set_adapter(name)
     return model
 
-# %% ../../nbs/model/46_adapters.ipynb #54779299
+# %% ../../nbs/model/46_adapters.ipynb #1f25fd1a
 def _answers(out: Any) -> torch.Tensor:  # `(B, …)`
     "Logits of whatever kind of model"
     if "start_logits" in out:
@@ -411,6 +412,21 @@ def _mixes(model: Any, name: str) -> bool:
     return lora and all(isinstance(head, nn.Linear) for head in heads)
 
 
+@contextmanager
+def _base_alone(model: peft.PeftModel) -> Iterator[PreTrainedModel]:
+    "The base with its own head; peft's disable_adapter fails for prompts on an encoder"
+    core = _core(model)
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    parts = [module for module in core.modules() if isinstance(module, kinds)]
+    for part in parts:
+        part.enable_adapters(False)
+    try:
+        yield core
+    finally:
+        for part in parts:
+            part.enable_adapters(True)
+
+
 def _in_groups(model: Any, names: list[str | None], batch: dict[str, Any]) -> torch.Tensor:
     "The rows of each adapter together, then in their old order"
     found: dict[int, torch.Tensor] = {}
@@ -418,8 +434,8 @@ def _in_groups(model: Any, names: list[str | None], batch: dict[str, Any]) -> to
         rows = [i for i, n in enumerate(names) if n == name]
         part = {k: v[rows] for k, v in batch.items()}
         if name is None:
-            with model.disable_adapter():
-                out = _answers(model(**part))
+            with _base_alone(model) as base:
+                out = _answers(base(**part))
         else:
             model.set_adapter(name)
             out = _answers(model(**part))
@@ -428,7 +444,7 @@ def _in_groups(model: Any, names: list[str | None], batch: dict[str, Any]) -> to
         found |= dict(zip(rows, out, strict=True))
     return torch.stack([found[i] for i in range(len(names))])
 
-# %% ../../nbs/model/46_adapters.ipynb #e0fb1891
+# %% ../../nbs/model/46_adapters.ipynb #741503d8
 @torch.no_grad()
 def logits_by_row(
     model: peft.PeftModel,  # with one or more adapters, none of them merged
@@ -459,7 +475,7 @@ def logits_by_row(
         model.set_adapter(active)
         model.train(training)
 
-# %% ../../nbs/model/46_adapters.ipynb #f8ef5e55
+# %% ../../nbs/model/46_adapters.ipynb #a59cfc2d
 def _probe(model: peft.PeftModel) -> dict[str, torch.Tensor]:  # ids `(4, T)`, T at most 32
     "What to compare logits on: random ids, the trained control tokens among them"
     core, config = _core(model), model.config
@@ -480,7 +496,7 @@ def _probe(model: peft.PeftModel) -> dict[str, torch.Tensor]:  # ids `(4, T)`, T
     more = {} if _task(core) == "SEQ_CLS" else {"decoder_input_ids": ids.to(model.device)}
     return {"input_ids": ids.to(model.device)} | more
 
-# %% ../../nbs/model/46_adapters.ipynb #a86a56e7
+# %% ../../nbs/model/46_adapters.ipynb #b5834802
 @torch.no_grad()
 def _logits(model: PreTrainedModel, probe: dict[str, torch.Tensor]) -> torch.Tensor:  # float32
     "Logits without dropout; the mode of the model is left as it was"
@@ -511,7 +527,7 @@ def _check_mergeable(model: Any) -> None:
         mend = f"model.delete_adapter({others[0]!r}) first, on a copy if you need it"
         raise InputError(f"merge_adapter: {what}; {mend}.")
 
-# %% ../../nbs/model/46_adapters.ipynb #d50743e4
+# %% ../../nbs/model/46_adapters.ipynb #0321039a
 def merge_adapter(
     model: peft.PeftModel,  # used up: go on with what is returned
     tolerance: float = 0.01,  # share of the adapter's effect on logits that may be lost
@@ -526,11 +542,13 @@ def merge_adapter(
         raise InputError("merge_adapter: the logits are not finite; train again at a lower rate.")
     with model.disable_adapter():
         effect = max(_rms(before - (base := _logits(model, probe))), 1e-3 * _rms(base))
-    model.merge_adapter()
+    with quiet():
+        model.merge_adapter()
     lost = _rms(_logits(model, probe) - before) / effect
     if lost <= tolerance:
-        with quiet():
-            plain = model.merge_and_unload().requires_grad_(True)
+        plain = _core(model)
+        _strip(plain, head=model.active_adapter)  # peft's own way fails for IA³ on some heads
+        plain.requires_grad_(True)
         lost = _rms(_logits(plain, probe) - before) / effect
         if lost <= tolerance:
             return plain
@@ -541,7 +559,7 @@ def merge_adapter(
     what = f"merging in {dtype} loses {lost:.1%} of the adapter's effect, more than {tolerance:.1%}"
     raise InputError(f'merge_adapter: {what}; merge load_model(run, dtype="float32") instead.')
 
-# %% ../../nbs/model/46_adapters.ipynb #708ea11d
+# %% ../../nbs/model/46_adapters.ipynb #fd0bb21c
 _INSIDE = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 _ADDED = re.compile(r"\.(lora_\w+|ia3_l|modules_to_save|trainable_tokens_\w+)\.")
 
@@ -576,7 +594,7 @@ def _differs(there: dict[str, list], here: dict[str, list]) -> str:
             return f"a value of {name} is {a[off][0]:.6g} here and was {b[off][0]:.6g}"
     return "" if there.keys() & here.keys() else "no weight has a name in common"
 
-# %% ../../nbs/model/46_adapters.ipynb #723f7587
+# %% ../../nbs/model/46_adapters.ipynb #c8add67b
 def save_adapter(
     model: peft.PeftModel,  # with one or more adapters, none of them merged
     folder: str | Path,  # made if it is not there
@@ -595,7 +613,7 @@ def save_adapter(
     (place / "base.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return place
 
-# %% ../../nbs/model/46_adapters.ipynb #5ca54df8
+# %% ../../nbs/model/46_adapters.ipynb #ae2ee69e
 def _read_adapter(folder: Path) -> tuple[peft.PeftConfig, dict[str, tuple[int, ...]], dict]:
     "Configuration, shapes, and what is told of the base"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -627,7 +645,7 @@ def _fill(tuned: peft.PeftModel, name: str, folder: Path, found: dict) -> None:
     weights = load_file(folder / "adapter_model.safetensors")
     peft.set_peft_model_state_dict(tuned, weights, adapter_name=name)
 
-# %% ../../nbs/model/46_adapters.ipynb #e0f58ca9
+# %% ../../nbs/model/46_adapters.ipynb #70691f9e
 def load_adapter(
     model: PreTrainedModel | peft.PeftModel,  # the base, or with adapters already; changed
     folder: str | Path,  # what `save_adapter` returned, or any folder of peft's
