@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = ['TASKS', 'quiet', 'find_checkpoint', 'read_header', 'pick_device', 'pick_dtype', 'load_model', 'model_card']
 
-# %% ../../nbs/model/41_load.ipynb #b20ec0bc
+# %% ../../nbs/model/41_load.ipynb #8a27f61f
+import copy
 import json
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,18 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import IncompleteSnapshotError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto import configuration_auto, modeling_auto
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -106,7 +120,7 @@ def find_checkpoint(
         raise InputError(f"{name or 'base model'}: no such folder; give {_KINDS}.")
     return _from_hub(name)
 
-# %% ../../nbs/model/41_load.ipynb #529ff616
+# %% ../../nbs/model/41_load.ipynb #c1d8ca7d
 def _read_json(path: Path) -> dict[str, Any]:
     "A JSON object; `InputError` names the file and the place"
     try:
@@ -124,27 +138,64 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: holds no JSON object; copy or save the file again.")
     return found
 
-# %% ../../nbs/model/41_load.ipynb #eaf56b1d
-TASKS = {"causal": AutoModelForCausalLM}  # task -> the class that loads it
+# %% ../../nbs/model/41_load.ipynb #797110fd
+TASKS = {  # task -> the class that loads it
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classification": AutoModelForSequenceClassification,
+    "tagging": AutoModelForTokenClassification,
+    "questions": AutoModelForQuestionAnswering,
+}
+_LABELLED = ("classification", "tagging")  # tasks whose head has named classes
+_NEW_HEAD = (*_LABELLED, "questions")  # tasks whose head a pretrained checkpoint does not have
 
 
-def _check_kind(config: Any, path: Path) -> None:
-    "`InputError` unless the configuration is that of a causal language model"
+def _class_for(config: Any, task: str) -> type[PreTrainedModel]:
+    "The class that transformers builds for a configuration and a task"
+    return auto_factory._get_model_class(config, TASKS[task]._model_mapping)
+
+# %% ../../nbs/model/41_load.ipynb #e771c3e0
+_KINDS_OF_MODEL = {
+    "encoder": ("an encoder, which sees both sides of a token", ("masked", *_NEW_HEAD)),
+    "decoder": ("a decoder, which sees the left side of a token only", ("causal", *_NEW_HEAD)),
+    "encoder-decoder": ("an encoder-decoder", ("seq2seq", "classification", "questions")),
+}
+_GIVE = {
+    "causal": "a causal model such as atlas:decoder, gpt2 or Qwen/Qwen3-0.6B",
+    "seq2seq": "an encoder-decoder such as atlas:seq2seq or google/mt5-small",
+}
+
+
+def _kind_of(config: Any) -> str | None:
+    "A key of `_KINDS_OF_MODEL`; None for what is no language model"
     decoder = getattr(config, "is_decoder", getattr(config, "causal", False))
     if config.is_encoder_decoder:
-        what = "an encoder-decoder"
-    elif type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING and not decoder:
-        what = "an encoder, which sees both sides of a token"
-    elif type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        what = "no language model that continues a text"
-    else:
+        return "encoder-decoder"
+    if type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING and not decoder:
+        return "encoder"
+    return "decoder" if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING else None
+
+
+def _check_kind(config: Any, path: Path, task: str) -> None:
+    "`InputError` unless a model of this configuration can do the task"
+    kind = _kind_of(config)
+    what, serves = _KINDS_OF_MODEL.get(kind, ("no language model that continues a text", ()))
+    known = type(config) in TASKS[task]._model_mapping
+    if task in serves and known:
         return
-    mend = "give a causal model such as atlas:decoder, gpt2 or Qwen/Qwen3-0.6B"
+    mend = (
+        f"give {_GIVE.get(task, 'an encoder such as atlas:encoder or FacebookAI/xlm-roberta-base')}"
+    )
+    if serves and task not in serves:
+        mend += f", or ask it for {', '.join(serves)}"
+    elif serves:
+        what = f"one for which transformers has no class for {task}"
     raise InputError(f"{path}: model type {config.model_type} is {what}; {mend}.")
 
-# %% ../../nbs/model/41_load.ipynb #f0caff66
-def _read_config(folder: Path) -> Any:
-    "The configuration of a causal model"
+# %% ../../nbs/model/41_load.ipynb #e3a26875
+def _read_config(folder: Path, task: str = "causal") -> Any:
+    "The configuration of a model that can do the task"
     path = folder / "config.json"
     if not path.is_file():
         inner = [d.name for d in sorted(folder.iterdir()) if (d / "config.json").is_file()]
@@ -160,10 +211,10 @@ def _read_config(folder: Path) -> Any:
     config._attn_implementation = None
     if getattr(config, "transformers_weights", None):
         config.transformers_weights = None
-    _check_kind(config, path)
+    _check_kind(config, path, task)
     return config
 
-# %% ../../nbs/model/41_load.ipynb #85fbbd7d
+# %% ../../nbs/model/41_load.ipynb #4e617aac
 def read_header(
     path: Path,  # a .safetensors file
 ) -> dict[str, tuple[str, tuple[int, ...]]]:  # tensor name -> (type as `F16`, shape)
@@ -192,7 +243,7 @@ def read_header(
         raise InputError(f"{path}: has {size:,} bytes where {end:,} belong; copy it again.")
     return found
 
-# %% ../../nbs/model/41_load.ipynb #256408be
+# %% ../../nbs/model/41_load.ipynb #440b6cc3
 _CONVERT = "from transformers import AutoModelForCausalLM as M; "
 _CONVERT += "M.from_pretrained({0!r}).save_pretrained({0!r})"
 
@@ -222,7 +273,7 @@ def _weight_files(folder: Path) -> list[Path]:  # one file or all shards, each o
         read_header(file)
     return files
 
-# %% ../../nbs/model/41_load.ipynb #7036ba5c
+# %% ../../nbs/model/41_load.ipynb #542bb395
 def _books(missing: set, extra: set, shapes: list[tuple]) -> str:  # empty when nothing is wrong
     "Say in words how weights found differ from those wanted"
     other = [f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in shapes]
@@ -233,34 +284,138 @@ def _books(missing: set, extra: set, shapes: list[tuple]) -> str:  # empty when 
         if v
     )
 
-# %% ../../nbs/model/41_load.ipynb #0f9c33be
-def _load_weights(
-    folder: Path, config: Any, task: str, dtype: torch.dtype, strict: bool
-) -> PreTrainedModel:
+# %% ../../nbs/model/41_load.ipynb #c7d44033
+@dataclass(frozen=True)
+class _Wish:
+    "What was asked of `load_model`"
+
+    task: str
+    dtype: torch.dtype
+    strict: bool = True
+    labels: tuple[str, ...] | None = None
+    placing: tuple[tuple[str, Any], ...] = ()  # more arguments for `from_pretrained`
+
+
+def _set_labels(config: Any, wish: _Wish, path: Path) -> bool:  # is the saved head the one wanted?
+    "Write the labels into the configuration; `InputError` when they are not those of a saved head"
+    saved = None
+    if _class_for(config, wish.task).__name__ in (config.architectures or []):
+        saved = tuple(config.id2label[i] for i in sorted(config.id2label))
+    if wish.task not in _LABELLED:
+        if wish.task == "questions":
+            config.num_labels = 2  # start and end, whatever an earlier head had
+        return saved is not None or wish.task != "questions"
+    if saved == wish.labels or (saved and wish.labels is None):
+        if saved:
+            return True
+        mend = "give them in order as labels=[…]"
+        raise InputError(f"{path}: names no labels for a {wish.task} head, which is new; {mend}.")
+    if saved and wish.strict:
+        mend = "leave labels= away, or pass strict=False for a new head"
+        raise InputError(f"{path}: its head has the labels {_few(saved)}; {mend}.")
+    config.id2label = dict(enumerate(wish.labels))
+    config.label2id = {label: i for i, label in enumerate(wish.labels)}
+    config.problem_type = None
+    return False
+
+
+def _few(names: Iterable[str], n: int = 4) -> str:
+    "The first few of many"
+    names = list(names)
+    return ", ".join(names[:n]) + ", …" * (len(names) > n)
+
+# %% ../../nbs/model/41_load.ipynb #74213096
+def _heads(shell: PreTrainedModel) -> set[str]:  # names of direct children
+    "The parts of a model that are not its body"
+    inputs = shell.get_input_embeddings()
+    return {
+        name
+        for name, part in shell.named_children()
+        if not isinstance(part, PreTrainedModel) and part is not inputs
+    }
+
+
+def _shell(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    "A model without weights: only names and shapes"
+    with torch.device("meta"):
+        return cls(copy.deepcopy(config))
+
+
+def _in_head(name: str, heads: set[str]) -> bool:
+    "Does a weight belong to a head? The pooler of BERT does, though it lies inside the body"
+    parts = name.removeprefix("_left.").split(".")
+    return parts[0] in heads or "pooler" in parts
+
+
+def _renamings(shell: PreTrainedModel, config: Any, names: set[str], keep: bool) -> dict[str, str]:
+    "Patterns for `from_pretrained`: the body under the name this class has for it, old heads aside"
+    standard = auto_factory._get_model_class(config, modeling_auto.MODEL_MAPPING).base_model_prefix
+    mine, theirs = shell.base_model_prefix, {standard, "transformer"} - {shell.base_model_prefix}
+    rules = {
+        rf"^{prefix}\.": f"{mine}."
+        for prefix in sorted(theirs)
+        if hasattr(shell, mine)
+        and any(n.startswith(f"{prefix}.") for n in names)
+        and not any(n.startswith(f"{mine}.") for n in names)
+    }
+    old = set() if keep else {h for h in _heads(shell) if any(n.startswith(f"{h}.") for n in names)}
+    return rules | {rf"^{head}\.": f"_left.{head}." for head in sorted(old)}
+
+# %% ../../nbs/model/41_load.ipynb #6c665492
+def _fill(folder: Path, config: Any, wish: _Wish, rules: dict[str, str]) -> tuple[Any, dict]:
+    "The model and the books that `from_pretrained` keeps; nothing is judged yet"
+    model, books = TASKS[wish.task].from_pretrained(
+        folder,
+        config=config,
+        dtype=wish.dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # they are in the books
+        output_loading_info=True,
+        key_mapping=rules or None,
+        **dict(wish.placing),
+    )
+    # renamed for this class alone: saved, it has the names that plain transformers expects
+    used = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [c for c in used if not set(c.source_patterns) & set(rules)]
+    return model, books
+
+
+def _load_weights(folder: Path, config: Any, wish: _Wish) -> PreTrainedModel:
     "Build the model and fill it; `InputError` unless every weight found its place"
-    with _told(folder, "cannot be loaded", "copy or save it again"):
-        model, books = TASKS[task].from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are in the books
-            output_loading_info=True,
-        )
-    extra = books["unexpected_keys"] if strict else set()
-    wrong = _books(books["missing_keys"], extra, books["mismatched_keys"])
+    keep = _set_labels(config, wish, folder / "config.json")
+    names = {name for file in _weight_files(folder) for name in read_header(file)}
+    shell = _shell(_class_for(config, wish.task), config)
+    model, books = _fill(folder, config, wish, _renamings(shell, config, names, keep))
+    missing, extra = set(books["missing_keys"]), set(books["unexpected_keys"])
+    new = set() if keep else {name for name in missing if _in_head(name, _heads(shell))}
+    extra -= _left_behind(extra, config) if extra else set()
+    wrong = _books(missing - new, extra if wish.strict else set(), books["mismatched_keys"])
     if wrong:
         saved = (config.architectures or ["an unnamed class"])[0]
         what = f"its weights do not fill a {type(model).__name__}: {wrong}; it was saved as {saved}"
-        only = not (books["missing_keys"] or books["mismatched_keys"])
+        only = not (missing - new or books["mismatched_keys"])
         mend = (
-            "pass strict=False if they are not needed" if only else "give a whole causal checkpoint"
+            "give a whole causal checkpoint" if wish.task == "causal" else "give a whole checkpoint"
         )
-        raise InputError(f"{folder}: {what}; {mend}.")
+        raise InputError(
+            f"{folder}: {what}; {'pass strict=False if they are not needed' if only else mend}."
+        )
+    model.new_weights = tuple(sorted(new))
     return model
 
-# %% ../../nbs/model/41_load.ipynb #1e05641c
+
+def _left_behind(extra: set[str], config: Any) -> set[str]:
+    "Which weights too many are heads that models of this type can have"
+    heads = set()
+    for mapping in [a._model_mapping for a in TASKS.values()] + [
+        modeling_auto.MODEL_FOR_PRETRAINING_MAPPING
+    ]:
+        if type(config) in mapping:
+            heads |= _heads(_shell(auto_factory._get_model_class(config, mapping), config))
+    return {name for name in extra if _in_head(name, heads)}
+
+# %% ../../nbs/model/41_load.ipynb #1293c2e8
 _VOCABULARIES = ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"]
 _VOCABULARIES += ["sentencepiece.bpe.model", "tekken.json", "*.tiktoken"]
 
@@ -281,7 +436,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with _told(folder, "its tokenizer cannot be loaded", "copy its files again"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
-# %% ../../nbs/model/41_load.ipynb #3765cf55
+# %% ../../nbs/model/41_load.ipynb #ebe11b89
 def _check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
@@ -293,7 +448,7 @@ def _check_vocabulary(
         mend = "give the tokenizer that the model was trained with, or resize_token_embeddings and save"
         raise InputError(f"{folder}: {what}; {mend}.")
 
-# %% ../../nbs/model/41_load.ipynb #1e4d4062
+# %% ../../nbs/model/41_load.ipynb #0d2ebfcc
 def pick_device(
     device: str | torch.device = "auto",  # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
 ) -> torch.device:  # one that is there
@@ -316,7 +471,7 @@ def pick_device(
         raise InputError(f"device {device}: not on this machine; give auto or cpu.")
     return found
 
-# %% ../../nbs/model/41_load.ipynb #9d98a745
+# %% ../../nbs/model/41_load.ipynb #a54cd3ec
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -333,7 +488,7 @@ def pick_dtype(
         raise InputError(f"dtype {name}: unknown; give one of auto, {', '.join(_DTYPES)}.")
     return _DTYPES[name]
 
-# %% ../../nbs/model/41_load.ipynb #823ce48c
+# %% ../../nbs/model/41_load.ipynb #5556ddb7
 def _base_of(folder: Path, base: str | Path | None) -> str:
     "The base that an adapter belongs to, where it is now"
     path = folder / "adapter_config.json"
@@ -362,7 +517,7 @@ def _adapter_file(folder: Path) -> Path:
         raise InputError(f"{folder}: an adapter with {what}; save it again with save_pretrained.")
     return file
 
-# %% ../../nbs/model/41_load.ipynb #92ce2fe4
+# %% ../../nbs/model/41_load.ipynb #d0d306ea
 def _put_adapter(model: PreTrainedModel, folder: Path) -> Any:  # a `PeftModel`, adapter trainable
     "Put the adapter in `folder` on its base; `InputError` unless every weight found its place"
     import peft
@@ -386,7 +541,7 @@ def _put_adapter(model: PreTrainedModel, folder: Path) -> Any:  # a `PeftModel`,
         peft.set_peft_model_state_dict(tuned, load_file(file))
     return tuned.eval()
 
-# %% ../../nbs/model/41_load.ipynb #586c6212
+# %% ../../nbs/model/41_load.ipynb #701431c2
 def _name(model: PreTrainedModel, tokenizer: Any, name: str, folder: Path) -> None:
     "Write down what the model is known by: a hub name, else the folder in full"
     local = name.startswith("atlas:") or Path(name).expanduser().is_dir()
@@ -394,24 +549,39 @@ def _name(model: PreTrainedModel, tokenizer: Any, name: str, folder: Path) -> No
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
 
 
-def _load_parts(folder: Path, task: str, dtype: torch.dtype, strict: bool) -> tuple[Any, Any]:
+def _set_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    "A head reads whole batches, so it needs a pad token; a decoder finds its last token by it"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            mend = "set tokenizer.pad_token to a token that texts do not have, and save it"
+            raise InputError(f"{folder}: its tokenizer has neither pad nor end token; {mend}.")
+        tokenizer.pad_token = tokenizer.eos_token
+    if _kind_of(model.config) == "decoder":
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _load_parts(folder: Path, wish: _Wish) -> tuple[Any, Any]:
     "Model and tokenizer of a folder with a whole model"
-    config = _read_config(folder)
+    config = _read_config(folder, wish.task)
     _weight_files(folder)
     tokenizer = _load_tokenizer(folder)
-    model = _load_weights(folder, config, task, dtype, strict)
+    if wish.task == "masked" and tokenizer.mask_token is None:
+        mend = "give the tokenizer that the model was trained with"
+        raise InputError(f"{folder}: its tokenizer has no mask token; {mend}.")
+    with _told(folder, "cannot be loaded", "copy or save it again"):
+        model = _load_weights(folder, config, wish)
     _check_vocabulary(model, tokenizer, folder)
+    if wish.task in _NEW_HEAD:
+        _set_pad(model, tokenizer, folder)
     return model, tokenizer
 
-# %% ../../nbs/model/41_load.ipynb #99183921
-def _load_adapted(
-    folder: Path, task: str, dtype: torch.dtype, strict: bool, base: str
-) -> tuple[Any, Any]:
+# %% ../../nbs/model/41_load.ipynb #bddc0e00
+def _load_adapted(folder: Path, wish: _Wish, base: str) -> tuple[Any, Any]:
     "Model and tokenizer of a folder with an adapter"
     read_header(_adapter_file(folder))
     try:
         place = find_checkpoint(base)
-        model, tokenizer = _load_parts(place, task, dtype, strict)
+        model, tokenizer = _load_parts(place, wish)
     except InputError as e:
         raise InputError(f"{folder}: an adapter whose base cannot be loaded: {e}") from None
     _name(model, tokenizer, base, place)
@@ -420,15 +590,39 @@ def _load_adapted(
         _check_vocabulary(model, tokenizer, folder)
     return _put_adapter(model, folder), tokenizer
 
-# %% ../../nbs/model/41_load.ipynb #e7872986
+# %% ../../nbs/model/41_load.ipynb #011dc69e
+@cache  # a sentence is said once a process, however often a model is loaded
+def _say(text: str) -> None:
+    "A line for the user that is no error"
+    logging.getLogger("instruct_ft").warning(text)
+
+
+def _checked_labels(labels: Iterable[str] | None, task: str) -> tuple[str, ...] | None:
+    "Labels as a tuple; `InputError` for what are no names of classes"
+    if labels is None:
+        return None
+    if task not in _LABELLED:
+        mend = f"leave labels= away, or ask for {' or '.join(_LABELLED)}"
+        raise InputError(f"labels=: the task {task} has no labels; {mend}.")
+    given = [labels] if isinstance(labels, str) else list(labels)
+    if isinstance(labels, str) or not given or not all(isinstance(x, str) and x for x in given):
+        raise InputError(f"labels={labels!r}: give a list of texts, such as ['no', 'yes'].")
+    twice = {x for x in given if given.count(x) > 1}
+    if twice:
+        raise InputError(f"labels=: {_few(sorted(twice))} is there twice; give each label once.")
+    return tuple(given)
+
+# %% ../../nbs/model/41_load.ipynb #083f9c5c
 def load_model(
-    name_or_path: str | Path,  # `atlas:decoder`, a folder (a whole model or an adapter), a hub name
+    name_or_path: str | Path,  # `atlas:encoder`, a folder (a whole model or an adapter), a hub name
     task: str = "causal",  # a key of `TASKS`
     dtype: str | torch.dtype | None = None,  # None: float32 on CPU, bfloat16 on CUDA
     device: str | torch.device = "auto",  # see `pick_device`
     *,
+    labels: list[str]
+    | None = None,  # names of the classes, in order, for classification and tagging
     base: str | Path | None = None,  # for an adapter: its base, where it is not where it was
-    strict: bool = True,  # False accepts weights that the model does not need
+    strict: bool = True,  # False leaves behind weights that the model does not need, and old heads
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # in evaluation mode; an adapter is trainable
     """Load a checkpoint and its tokenizer; safetensors only, and no code from the checkpoint
 
@@ -436,20 +630,25 @@ def load_model(
     if task not in TASKS:
         raise InputError(f"task {task}: unknown; give one of {', '.join(TASKS)}.")
     device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
+    wish = _Wish(task, pick_dtype(dtype, device), strict, _checked_labels(labels, task))
     name = str(name_or_path).strip()
     folder = find_checkpoint(name)
     with quiet():
         if (folder / "adapter_config.json").is_file():
-            found = _load_adapted(folder, task, dtype, strict, _base_of(folder, base))
+            found = _load_adapted(folder, wish, _base_of(folder, base))
         elif base is not None:
             raise InputError(f"{folder}: holds a whole model and no adapter; leave base= away.")
         else:
-            found = _load_parts(folder, task, dtype, strict)
+            found = _load_parts(folder, wish)
             _name(*found, name, folder)
+    new = getattr(found[0], "new_weights", ())
+    if new:
+        _say(
+            f"{type(found[0]).__name__}: {_few(new)} are new and untrained; train them before use."
+        )
     return found[0].to(device), found[1]
 
-# %% ../../nbs/model/41_load.ipynb #801a717e
+# %% ../../nbs/model/41_load.ipynb #3489cd0e
 def model_card(
     model: PreTrainedModel,  # with or without an adapter
 ) -> dict[str, Any]:  # parameters = embedding + body + adapter; MiB of weights and buffers
