@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TASKS', 'quiet', 'find_checkpoint', 'read_header', 'pick_device', 'pick_dtype', 'load_model', 'model_card']
 
-# %% ../../nbs/model/41_load.ipynb #8a27f61f
+# %% ../../nbs/model/41_load.ipynb #e014afd7
 import copy
+import importlib.util
 import json
 import logging
 import warnings
@@ -284,7 +285,7 @@ def _books(missing: set, extra: set, shapes: list[tuple]) -> str:  # empty when 
         if v
     )
 
-# %% ../../nbs/model/41_load.ipynb #c7d44033
+# %% ../../nbs/model/41_load.ipynb #d7db679c
 @dataclass(frozen=True)
 class _Wish:
     "What was asked of `load_model`"
@@ -293,7 +294,8 @@ class _Wish:
     dtype: torch.dtype
     strict: bool = True
     labels: tuple[str, ...] | None = None
-    placing: tuple[tuple[str, Any], ...] = ()  # more arguments for `from_pretrained`
+    device_map: Any = None
+    quantize: str | None = None
 
 
 def _set_labels(config: Any, wish: _Wish, path: Path) -> bool:  # is the saved head the one wanted?
@@ -361,9 +363,14 @@ def _renamings(shell: PreTrainedModel, config: Any, names: set[str], keep: bool)
     old = set() if keep else {h for h in _heads(shell) if any(n.startswith(f"{h}.") for n in names)}
     return rules | {rf"^{head}\.": f"_left.{head}." for head in sorted(old)}
 
-# %% ../../nbs/model/41_load.ipynb #6c665492
-def _fill(folder: Path, config: Any, wish: _Wish, rules: dict[str, str]) -> tuple[Any, dict]:
+# %% ../../nbs/model/41_load.ipynb #24e33166
+def _fill(
+    folder: Path, config: Any, wish: _Wish, rules: dict[str, str], heads: set[str]
+) -> tuple[Any, dict]:
     "The model and the books that `from_pretrained` keeps; nothing is judged yet"
+    placing = {} if wish.device_map is None else {"device_map": wish.device_map}
+    if wish.quantize:
+        placing["quantization_config"] = _quantization(wish, config, sorted(heads | {"pooler"}))
     model, books = TASKS[wish.task].from_pretrained(
         folder,
         config=config,
@@ -373,7 +380,7 @@ def _fill(folder: Path, config: Any, wish: _Wish, rules: dict[str, str]) -> tupl
         ignore_mismatched_sizes=True,  # they are in the books
         output_loading_info=True,
         key_mapping=rules or None,
-        **dict(wish.placing),
+        **placing,
     )
     # renamed for this class alone: saved, it has the names that plain transformers expects
     used = getattr(model, "_weight_conversions", None) or []
@@ -386,9 +393,10 @@ def _load_weights(folder: Path, config: Any, wish: _Wish) -> PreTrainedModel:
     keep = _set_labels(config, wish, folder / "config.json")
     names = {name for file in _weight_files(folder) for name in read_header(file)}
     shell = _shell(_class_for(config, wish.task), config)
-    model, books = _fill(folder, config, wish, _renamings(shell, config, names, keep))
+    rules, heads = _renamings(shell, config, names, keep), _heads(shell)
+    model, books = _fill(folder, config, wish, rules, heads)
     missing, extra = set(books["missing_keys"]), set(books["unexpected_keys"])
-    new = set() if keep else {name for name in missing if _in_head(name, _heads(shell))}
+    new = set() if keep else {name for name in missing if _in_head(name, heads)}
     extra -= _left_behind(extra, config) if extra else set()
     wrong = _books(missing - new, extra if wish.strict else set(), books["mismatched_keys"])
     if wrong:
@@ -488,7 +496,59 @@ def pick_dtype(
         raise InputError(f"dtype {name}: unknown; give one of auto, {', '.join(_DTYPES)}.")
     return _DTYPES[name]
 
-# %% ../../nbs/model/41_load.ipynb #5556ddb7
+# %% ../../nbs/model/41_load.ipynb #9b8c6963
+_QUANTIZERS = {"int8": "torchao", "nf4": "bitsandbytes"}  # quantize= -> the library that does it
+
+
+def _needs(package: str, option: str) -> None:
+    "`InputError` when an optional library is missing"
+    if importlib.util.find_spec(package) is None:
+        mend = f"run `pip install {package}`, or leave {option.split('=')[0]}= away"
+        raise InputError(f"{option}: needs {package}, which is not installed; {mend}.")
+
+
+def _quantization(wish: _Wish, config: Any, keep: list[str]) -> Any:
+    "What transformers is told; the parts in `keep` stay in full precision"
+    if getattr(config, "quantization_config", None):
+        mend = "leave quantize= away"
+        raise InputError(f"quantize={wish.quantize}: the checkpoint is quantised already; {mend}.")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if wish.quantize == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=wish.dtype,
+        llm_int8_skip_modules=keep,
+    )
+
+# %% ../../nbs/model/41_load.ipynb #6173ebac
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _place(device: Any, device_map: Any, quantize: str | None) -> Any:  # what accelerate is told
+    "Where the weights go while they are read; None: to the CPU, and then to `device` as a whole"
+    if device_map is not None:
+        if str(device) != "auto":
+            raise InputError(f"device={device} and device_map=: two answers; give one of them.")
+        if not isinstance(device_map, dict) and device_map not in _MAPS:
+            known = f"{', '.join(_MAPS)} or a dict from module to device"
+            raise InputError(f"device_map={device_map!r}: unknown; give {known}.")
+        _needs("accelerate", f"device_map={device_map}")
+    if quantize is None:
+        return device_map
+    if quantize not in _QUANTIZERS:
+        known = " or ".join(_QUANTIZERS)
+        raise InputError(f"quantize={quantize!r}: unknown; give {known}, or leave it away.")
+    for package in (_QUANTIZERS[quantize], "accelerate"):
+        _needs(package, f"quantize={quantize}")
+    return device_map or {"": pick_device(device)}
+
+# %% ../../nbs/model/41_load.ipynb #6df50b22
 def _base_of(folder: Path, base: str | Path | None) -> str:
     "The base that an adapter belongs to, where it is now"
     path = folder / "adapter_config.json"
@@ -517,7 +577,7 @@ def _adapter_file(folder: Path) -> Path:
         raise InputError(f"{folder}: an adapter with {what}; save it again with save_pretrained.")
     return file
 
-# %% ../../nbs/model/41_load.ipynb #d0d306ea
+# %% ../../nbs/model/41_load.ipynb #221ef412
 def _put_adapter(model: PreTrainedModel, folder: Path) -> Any:  # a `PeftModel`, adapter trainable
     "Put the adapter in `folder` on its base; `InputError` unless every weight found its place"
     import peft
@@ -541,7 +601,7 @@ def _put_adapter(model: PreTrainedModel, folder: Path) -> Any:  # a `PeftModel`,
         peft.set_peft_model_state_dict(tuned, load_file(file))
     return tuned.eval()
 
-# %% ../../nbs/model/41_load.ipynb #701431c2
+# %% ../../nbs/model/41_load.ipynb #14039a80
 def _name(model: PreTrainedModel, tokenizer: Any, name: str, folder: Path) -> None:
     "Write down what the model is known by: a hub name, else the folder in full"
     local = name.startswith("atlas:") or Path(name).expanduser().is_dir()
@@ -575,10 +635,29 @@ def _load_parts(folder: Path, wish: _Wish) -> tuple[Any, Any]:
         _set_pad(model, tokenizer, folder)
     return model, tokenizer
 
-# %% ../../nbs/model/41_load.ipynb #bddc0e00
+# %% ../../nbs/model/41_load.ipynb #0f3ed633
+_PEFT_TASKS = {  # task -> what peft calls it
+    "causal": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "classification": "SEQ_CLS",
+    "tagging": "TOKEN_CLS",
+    "questions": "QUESTION_ANS",
+}
+
+
+def _check_adapter_task(folder: Path, task: str) -> None:
+    "`InputError` for an adapter that was trained for another task"
+    path = folder / "adapter_config.json"
+    named = {peft: ours for ours, peft in _PEFT_TASKS.items()}
+    trained = named.get(str(_read_json(path).get("task_type")), task)
+    if trained != task:
+        raise InputError(f"{path}: trained for {trained}; ask for task={trained!r}.")
+
+
 def _load_adapted(folder: Path, wish: _Wish, base: str) -> tuple[Any, Any]:
     "Model and tokenizer of a folder with an adapter"
-    read_header(_adapter_file(folder))
+    found = read_header(_adapter_file(folder))
+    _check_adapter_task(folder, wish.task)
     try:
         place = find_checkpoint(base)
         model, tokenizer = _load_parts(place, wish)
@@ -588,9 +667,12 @@ def _load_adapted(folder: Path, wish: _Wish, base: str) -> tuple[Any, Any]:
     if _has_tokenizer(folder):
         tokenizer = _load_tokenizer(folder)
         _check_vocabulary(model, tokenizer, folder)
+    model.new_weights = tuple(
+        name for name in model.new_weights if not any(key.endswith(name) for key in found)
+    )
     return _put_adapter(model, folder), tokenizer
 
-# %% ../../nbs/model/41_load.ipynb #011dc69e
+# %% ../../nbs/model/41_load.ipynb #47ac9572
 @cache  # a sentence is said once a process, however often a model is loaded
 def _say(text: str) -> None:
     "A line for the user that is no error"
@@ -612,7 +694,7 @@ def _checked_labels(labels: Iterable[str] | None, task: str) -> tuple[str, ...] 
         raise InputError(f"labels=: {_few(sorted(twice))} is there twice; give each label once.")
     return tuple(given)
 
-# %% ../../nbs/model/41_load.ipynb #083f9c5c
+# %% ../../nbs/model/41_load.ipynb #303324a7
 def load_model(
     name_or_path: str | Path,  # `atlas:encoder`, a folder (a whole model or an adapter), a hub name
     task: str = "causal",  # a key of `TASKS`
@@ -621,6 +703,8 @@ def load_model(
     *,
     labels: list[str]
     | None = None,  # names of the classes, in order, for classification and tagging
+    device_map: str | dict | None = None,  # `auto`, … or module -> device; in place of `device`
+    quantize: str | None = None,  # `int8` (torchao) or `nf4` (bitsandbytes) for the body
     base: str | Path | None = None,  # for an adapter: its base, where it is not where it was
     strict: bool = True,  # False leaves behind weights that the model does not need, and old heads
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # in evaluation mode; an adapter is trainable
@@ -629,8 +713,10 @@ def load_model(
     Raises `InputError`: one sentence that says what is wrong, where, and how to mend it."""
     if task not in TASKS:
         raise InputError(f"task {task}: unknown; give one of {', '.join(TASKS)}.")
+    places = _place(device, device_map, quantize)
     device = pick_device(device)
-    wish = _Wish(task, pick_dtype(dtype, device), strict, _checked_labels(labels, task))
+    dtype = pick_dtype(dtype, device)
+    wish = _Wish(task, dtype, strict, _checked_labels(labels, task), places, quantize)
     name = str(name_or_path).strip()
     folder = find_checkpoint(name)
     with quiet():
@@ -641,33 +727,36 @@ def load_model(
         else:
             found = _load_parts(folder, wish)
             _name(*found, name, folder)
-    new = getattr(found[0], "new_weights", ())
-    if new:
-        _say(
-            f"{type(found[0]).__name__}: {_few(new)} are new and untrained; train them before use."
-        )
-    return found[0].to(device), found[1]
+    model, tokenizer = found
+    if model.new_weights:
+        what = f"{_few(model.new_weights)} are new and untrained"
+        _say(f"{type(model).__name__}: {what}; train them before use.")
+    return (model if places else model.to(device)), tokenizer
 
-# %% ../../nbs/model/41_load.ipynb #3489cd0e
+# %% ../../nbs/model/41_load.ipynb #62cce5d0
 def model_card(
     model: PreTrainedModel,  # with or without an adapter
-) -> dict[str, Any]:  # parameters = embedding + body + adapter; MiB of weights and buffers
+) -> dict[str, Any]:  # parameters = embedding + body + head + adapter; MiB of weights and buffers
     "What was loaded: class, precision, and parameters by part"
     names = tuple(f".{name}." for name in getattr(model, "peft_config", {}))
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     rows = {id(p) for table in tables if table is not None for p in table.parameters()}
-    count = dict(adapter=0, embedding=0, body=0)
-    for name, p in model.named_parameters():
-        own = any(part in f"{name}." for part in names)
-        count["adapter" if own else "embedding" if id(p) in rows else "body"] += p.numel()
-    tensors = [*model.parameters(), *model.buffers()]
+    count = dict(adapter=0, embedding=0, head=0, body=0)
     inner = model.get_base_model() if names else model
+    heads, new = _heads(inner), getattr(inner, "new_weights", ())
+    for name, p in model.named_parameters():
+        plain = name.removeprefix("base_model.model.")
+        own = any(part in f"{name}." for part in names)
+        part = "adapter" if own else "embedding" if id(p) in rows else "body"
+        count["head" if part == "body" and _in_head(plain, heads) else part] += p.numel()
+    tensors = [*model.parameters(), *model.buffers()]
     return dict(
         model=type(inner).__name__,
         dtype=str(next(inner.parameters()).dtype).removeprefix("torch."),
         device=str(next(inner.parameters()).device),
         parameters=sum(count.values()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        **{k: count[k] for k in ("embedding", "body", "adapter")},
+        **{k: count[k] for k in ("embedding", "body", "head", "adapter")},
+        new=list(new),
         MiB=round(sum(t.numel() * t.element_size() for t in tensors) / 2**20, 3),
     )
