@@ -17,8 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.models.bert import BertConfig, BertForMaskedLM
+from transformers.models.bert import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+)
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
+from transformers.models.roberta import RobertaConfig, RobertaForMaskedLM
 from transformers.models.t5 import T5Config, T5ForConditionalGeneration
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging as hf_logging
@@ -655,3 +660,366 @@ def test_what_was_saved_by_the_ecosystem_loads_there_too(good, tmp_path):
     assert torch.equal(again(IDS).logits, loaded(IDS).logits)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "transformers_weights" not in saved and "name_or_path" not in saved
+
+
+# ---------------------------------------------------------------- six tasks, four families
+
+LABELS = ["no", "yes", "unknown"]
+HEADS = ("classification", "tagging", "questions")
+ALLOWED = {
+    "bert": ("masked", *HEADS),
+    "roberta": ("masked", *HEADS),
+    "llama": ("causal", *HEADS),
+    "gpt": ("causal", *HEADS),
+    "t5": ("seq2seq", "classification", "questions"),
+}
+
+
+def make_family(family):
+    torch.manual_seed(1)
+    if family == "bert":
+        return BertForMaskedLM(BertConfig(vocab_size=V, **SIZE))
+    if family == "roberta":
+        return RobertaForMaskedLM(RobertaConfig(vocab_size=V, max_position_embeddings=66, **SIZE))
+    if family == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=V,
+                d_model=32,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=4,
+                decoder_start_token_id=0,
+            )
+        )
+    return make_model({"gpt": "gpt2"}.get(family, family))
+
+
+def family_words(family):
+    "A tokenizer with the special tokens of a family, or without padding as GPT-2 has it"
+    tokenizer = make_tokenizer()
+    if family in ("llama", "gpt"):
+        tokenizer.pad_token = None
+    else:
+        tokenizer.mask_token = "<|im_start|>"
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    for family in ALLOWED:
+        make_family(family).save_pretrained(root / family)
+        family_words(family).save_pretrained(root / family)
+    return root
+
+
+def fetch(folder, task, **kwargs):
+    labels = kwargs.pop("labels", LABELS if task in ("classification", "tagging") else None)
+    return load_model(folder, task, device="cpu", labels=labels, **kwargs)
+
+
+def body_of(model):
+    "Weights of the body by the name they have in every class"
+    drop = ("bert.", "roberta.", "model.", "transformer.")
+    own = {}
+    for name, weight in model.state_dict().items():
+        if name in getattr(model, "new_weights", ()):
+            continue
+        for prefix in drop:
+            name = name.removeprefix(prefix)
+        own[name] = weight
+    return own
+
+
+@pytest.mark.parametrize("task", load.TASKS)
+@pytest.mark.parametrize("family", ALLOWED)
+def test_each_family_loads_for_its_tasks_with_its_own_body(family, task, zoo, tmp_path):
+    if task not in ALLOWED[family]:
+        text = refusal(
+            zoo / family,
+            task=task,
+            labels=LABELS if task in ("classification", "tagging") else None,
+        )
+        assert "config.json: model type" in text
+        return
+    model, tokenizer = fetch(zoo / family, task)
+    source, loaded = body_of(make_family(family)), body_of(model)
+    assert bool(model.new_weights) == (task in HEADS)
+    assert loaded and all(torch.equal(source[name], w) for name, w in loaded.items())
+    assert not any(re.search(r"layers?\.\d|block\.|h\.\d|embed|wte", n) for n in model.new_weights)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = fetch(tmp_path, task, labels=None)
+    plain = load.TASKS[task].from_pretrained(tmp_path)
+    assert again.new_weights == () and again.config.id2label == model.config.id2label
+    for other in (again, plain):
+        pairs = zip(other.state_dict().items(), model.state_dict().items(), strict=True)
+        assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("family", ALLOWED)
+def test_a_gap_in_the_body_is_an_error_for_every_head(family, zoo, tmp_path):
+    folder = Path(shutil.copytree(zoo / family, tmp_path / "x"))
+    lost = next(
+        n
+        for n in load_file(folder / "model.safetensors")
+        if re.search(r"(layers?|block|h)\.1\..*(query|q_proj|c_fc|\.q\.).*weight", n)
+    )
+    edit_weights(folder, lambda w: w.pop(lost))
+    for task in ALLOWED[family]:
+        labels = LABELS if task in ("classification", "tagging") else None
+        assert "1 missing" in refusal(folder, task=task, labels=labels)
+
+
+def test_a_new_head_is_said_once_and_shown_on_the_card(zoo, caplog):
+    load._say.cache_clear()
+    for _ in range(2):
+        model, _ = fetch(zoo / "roberta", "tagging")
+    assert len(caplog.records) == 1 and "classifier.weight are new" in caplog.text
+    card = model_card(model)
+    assert card["new"] == ["classifier.bias", "classifier.weight"] and card["head"] == 3 * 33
+    assert card["parameters"] == sum(card[k] for k in ("embedding", "body", "head", "adapter"))
+
+
+def test_a_new_head_has_weights_of_the_usual_spread(zoo):
+    model, _ = fetch(zoo / "bert", "classification", labels=[f"c{i}" for i in range(50)])
+    assert 0.015 < model.classifier.weight.std() < 0.025
+    assert not model.classifier.bias.any()
+
+
+def test_labels_come_back_in_their_order_beyond_ten(zoo, tmp_path):
+    labels = [f"class {i}" for i in range(12)]
+    model, tokenizer = fetch(zoo / "bert", "classification", labels=labels)
+    assert model.config.label2id == {name: i for i, name in enumerate(labels)}
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = fetch(tmp_path, "classification", labels=labels)
+    assert [again.config.id2label[i] for i in range(12)] == labels and not again.new_weights
+    assert "strict=False" in refusal(tmp_path, task="classification", labels=labels[::-1])
+    assert "class 0" in refusal(tmp_path, task="classification", labels=["a", "b"])
+    fresh, _ = fetch(tmp_path, "classification", labels=labels[::-1], strict=False)
+    assert fresh.new_weights == ("classifier.bias", "classifier.weight")
+    assert not torch.equal(fresh.classifier.weight, model.classifier.weight)
+    assert torch.equal(fresh.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    assert fetch(tmp_path, "classification", labels=["a"], strict=False)[0].num_labels == 1
+
+
+@pytest.mark.parametrize(
+    "first, then", [("tagging", "classification"), ("classification", "tagging")]
+)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_head_of_another_task_is_never_taken(family, first, then, zoo, tmp_path):
+    old, tokenizer = fetch(zoo / family, first)
+    old.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = fetch(tmp_path, then)
+    name = next(n for n in model.new_weights if n.startswith(("classifier.w", "score.w")))
+    assert not torch.equal(model.state_dict()[name], old.state_dict()[name])
+
+
+def test_a_span_head_has_two_outputs_whatever_was_before(zoo, tmp_path):
+    old, tokenizer = fetch(zoo / "bert", "classification")
+    old.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = fetch(tmp_path, "questions")
+    assert model.qa_outputs.out_features == 2
+    assert model(IDS, start_positions=IDS[:, 0] % 12, end_positions=IDS[:, 1] % 12).loss.isfinite()
+
+
+def test_a_saved_head_with_a_gap_is_not_made_new(zoo, tmp_path):
+    old, tokenizer = fetch(zoo / "roberta", "classification")
+    old.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda w: w.pop("classifier.dense.weight"))
+    assert "1 missing (classifier.dense.weight)" in refusal(tmp_path, task="classification")
+
+
+def test_heads_of_pretraining_are_left_behind_and_strangers_are_not(zoo, tmp_path):
+    from transformers import BertForPreTraining
+
+    torch.manual_seed(1)
+    BertForPreTraining(BertConfig(vocab_size=V, **SIZE)).save_pretrained(tmp_path)
+    family_words("bert").save_pretrained(tmp_path)
+    for task in ALLOWED["bert"]:  # pooler and next-sentence head, as bert-base has them
+        model, _ = fetch(tmp_path, task)
+        assert "bert.pooler.dense.weight" not in model.new_weights
+    edit_weights(tmp_path, lambda w: w.update(stranger=torch.ones(1)))
+    assert "1 too many (stranger)" in refusal(tmp_path, task="tagging", labels=LABELS)
+    assert fetch(tmp_path, "tagging", strict=False)[0].new_weights
+
+
+@pytest.mark.parametrize("labels", ["yes", [], ["a", "a"], ["a", ""], ["a", 1]])
+def test_labels_that_are_none(labels, zoo):
+    with pytest.raises(InputError, match="labels="):
+        fetch(zoo / "bert", "tagging", labels=labels)
+
+
+def test_labels_belong_to_classification_and_tagging(zoo):
+    assert "labels=[…]" in refusal(zoo / "bert", task="tagging")
+    for family, task in (("llama", "causal"), ("bert", "questions"), ("t5", "seq2seq")):
+        assert "has no labels" in refusal(zoo / family, task=task, labels=LABELS)
+    with pytest.raises(InputError, match="classify: unknown; give one of causal, masked"):
+        load_model(zoo / "bert", "classify")
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_a_decoder_classifies_a_padded_row_as_it_does_the_row_alone(family, zoo):
+    model, tokenizer = fetch(zoo / family, "classification")
+    tokenizer.padding_side = "right"
+    assert tokenizer.pad_token_id == model.config.pad_token_id == tokenizer.eos_token_id
+    texts = ["Peru", "The capital of Chile is Santiago"]
+    with torch.no_grad():
+        both = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+        for row, text in zip(both, texts, strict=True):
+            alone = model(**tokenizer(text, return_tensors="pt")).logits[0]
+            torch.testing.assert_close(row, alone, atol=1e-6, rtol=0)
+
+
+def test_a_causal_model_keeps_its_tokenizer_as_it_was(zoo):
+    assert fetch(zoo / "gpt", "causal")[1].pad_token is None
+
+
+def test_a_tokenizer_without_pad_or_mask(zoo, tmp_path):
+    folder = Path(shutil.copytree(zoo / "gpt", tmp_path / "x"))
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    assert "neither pad nor end" in refusal(folder, task="classification", labels=LABELS)
+    folder = Path(shutil.copytree(zoo / "bert", tmp_path / "y"))
+    make_tokenizer().save_pretrained(folder)
+    assert "no mask token" in refusal(folder, task="masked")
+
+
+def test_an_adapter_brings_its_head_and_knows_its_task(zoo, tmp_path):
+    torch.manual_seed(0)
+    model, _ = fetch(zoo / "bert", "classification")
+    with quiet():
+        tuned = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2)).eval()
+        tuned.save_pretrained(tmp_path)
+    again, _ = fetch(tmp_path, "classification")
+    assert not any("classifier" in name for name in again.new_weights)
+    head = "base_model.model.classifier.modules_to_save.default.weight"
+    assert torch.equal(again.state_dict()[head], tuned.state_dict()[head])
+    assert "ask for task='classification'" in refusal(tmp_path, task="masked")
+
+
+# ---------------------------------------------------------------- device_map, quantize
+
+
+def test_a_device_map_loads_the_same_weights(good):
+    model, _ = load_model(good, device_map={"": "cpu"})
+    assert torch.equal(model(IDS).logits, make_model()(IDS).logits)
+
+
+def test_places_and_quantisers_that_do_not_work(good, monkeypatch):
+    assert "two answers" in refusal(good, device_map="auto")
+    assert "device_map='all'" in refusal(good, device="auto", device_map="all")
+    assert "give int8 or nf4" in refusal(good, quantize="int4")
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
+    assert "pip install torchao" in refusal(good, quantize="int8")
+    assert "pip install bitsandbytes" in refusal(good, quantize="nf4")
+    assert "pip install accelerate" in refusal(good, device="auto", device_map="auto")
+
+
+@pytest.mark.parametrize("how, package", [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_a_quantised_body_keeps_its_head_whole(how, package, zoo):
+    pytest.importorskip(package)
+    model, _ = load_model(zoo / "llama", device="cpu", quantize=how)
+    truth = make_family("llama")(IDS).logits
+    assert 0 < (model(IDS).logits - truth).abs().max() / truth.std() < 1
+    assert type(model.lm_head.weight) is torch.nn.Parameter
+    tagger, _ = fetch(zoo / "bert", "tagging", quantize=how)
+    assert type(tagger.classifier.weight) is torch.nn.Parameter
+    assert tagger(IDS).logits.isfinite().all()
+    assert model.get_memory_footprint() > 0
+    with pytest.raises(InputError, match="quantised"):
+        load.training_memory(model, 2, 8)
+
+
+def test_a_checkpoint_that_is_quantised_is_not_quantised_again(copy, monkeypatch):
+    edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: object())
+    assert "quantised already" in refusal(copy, quantize="nf4")
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("method", load.METHODS)
+def test_weights_gradients_and_moments_are_what_a_step_leaves(method):
+    model = BertForSequenceClassification(BertConfig(vocab_size=V, **SIZE))
+    found = load.training_memory(model, 2, 8, method)
+    real = load._prepare(model, method, 8).train()
+    learns = [p for p in real.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learns, fused=True)
+    real(**load._example(real, 2, 8)).loss.backward()
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for k, t in state.items() if k != "step"]
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / 2**20
+    assert found["weights"] == pytest.approx(size([*real.parameters(), *real.buffers()]), abs=0.001)
+    assert found["gradients"] == pytest.approx(
+        size([p.grad for p in real.parameters() if p.grad is not None]), abs=0.001
+    )
+    assert found["optimizer"] == pytest.approx(size(moments), abs=0.001)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt", "t5"])
+def test_activations_are_what_autograd_keeps(family):
+    model = make_family(family)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    dry = load.training_memory(model, 3, 24, "full")["activations"] * 2**20
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    held = {}
+
+    def pack(t):
+        held[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    data = load._example(model.train(), 3, 24)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(**data)
+    kept = sum(s.nbytes() for key, s in held.items() if key not in own)
+    assert kept <= dry * 1.02 and dry < 1.6 * kept  # besides: inputs, logits, caches that live on
+    assert out.loss.isfinite()
+
+
+def test_memory_leaves_the_model_as_it_was():
+    model = make_model()
+    before = {n: (p.requires_grad, p.clone()) for n, p in model.named_parameters()}
+    for method in (None, *load.METHODS):
+        load.training_memory(model, 2, 8, method)
+    for name, p in model.named_parameters():
+        assert p.requires_grad == before[name][0] and torch.equal(p, before[name][1])
+    assert not model.training and not hasattr(model, "peft_config")
+
+
+def test_frozen_parts_and_adapters_count_as_they_stand():
+    model = make_model()
+    everything = load.training_memory(model, 2, 16)
+    model.get_input_embeddings().requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    frozen = load.training_memory(model, 2, 16)
+    assert frozen["gradients"] < everything["gradients"]
+    assert frozen["activations"] < everything["activations"]
+    with quiet():
+        tuned = get_peft_model(make_model(), LoraConfig(r=8, target_modules="all-linear"))
+    assert load.training_memory(tuned, 2, 16) == load.training_memory(make_model(), 2, 16, "lora")
+
+
+def test_memory_that_cannot_be_told():
+    with pytest.raises(InputError, match="give one of full, lora, head"):
+        load.training_memory(make_model(), 2, 8, "qlora")
+    for batch, length in ((0, 8), (2, 1), (2.0, 8)):
+        with pytest.raises(InputError, match="batch"):
+            load.training_memory(make_model(), batch, length)
+    with pytest.raises(InputError, match="nothing learns"):
+        load.training_memory(make_model(tied=True), 2, 8, "head")
+    with pytest.raises(InputError, match="none of the tasks"):
+        load.training_memory(LlamaModel(make_model().config), 2, 8)
+    with pytest.raises(InputError, match="64 positions"):
+        load.training_memory(make_model("gpt2"), 2, 65)
+    assert load.training_memory(make_family("roberta"), 1, 64)["peak"] > 0

@@ -288,7 +288,13 @@ def _books(missing: set, extra: set, shapes: list[tuple]) -> str:  # empty when 
         if v
     )
 
-# %% ../../nbs/model/41_load.ipynb #d7db679c
+# %% ../../nbs/model/41_load.ipynb #c7ecc369
+def _few(names: Iterable[str], n: int = 4) -> str:
+    "The first few of many"
+    names = list(names)
+    return ", ".join(names[:n]) + ", …" * (len(names) > n)
+
+
 @dataclass(frozen=True)
 class _Wish:
     "What was asked of `load_model`"
@@ -300,7 +306,7 @@ class _Wish:
     device_map: Any = None
     quantize: str | None = None
 
-
+# %% ../../nbs/model/41_load.ipynb #6aca3fdd
 def _set_labels(config: Any, wish: _Wish, path: Path) -> bool:  # is the saved head the one wanted?
     "Write the labels into the configuration; `InputError` when they are not those of a saved head"
     saved = None
@@ -323,13 +329,7 @@ def _set_labels(config: Any, wish: _Wish, path: Path) -> bool:  # is the saved h
     config.problem_type = None
     return False
 
-
-def _few(names: Iterable[str], n: int = 4) -> str:
-    "The first few of many"
-    names = list(names)
-    return ", ".join(names[:n]) + ", …" * (len(names) > n)
-
-# %% ../../nbs/model/41_load.ipynb #5144c765
+# %% ../../nbs/model/41_load.ipynb #50566e3e
 def _heads(shell: PreTrainedModel) -> set[str]:  # names of direct children
     "The parts of a model that are not its body"
     inputs = shell.get_input_embeddings()
@@ -351,7 +351,7 @@ def _in_head(name: str, heads: set[str]) -> bool:
     parts = name.split(".")
     return parts[0] in heads or "pooler" in parts
 
-
+# %% ../../nbs/model/41_load.ipynb #1020f09e
 def _other_prefix(shell: PreTrainedModel, config: Any, names: set[str]) -> str | None:
     "What the files call the body, where this class calls it something else"
     mine = shell.base_model_prefix
@@ -381,7 +381,7 @@ def _renamed(
         for name, weight in weights.items()
     }
 
-# %% ../../nbs/model/41_load.ipynb #afabaa04
+# %% ../../nbs/model/41_load.ipynb #132aa799
 def _fill(
     folder: Path, config: Any, wish: _Wish, weights: dict | None, heads: set[str]
 ) -> tuple[Any, dict]:
@@ -405,7 +405,7 @@ def _fill(
         **placing,
     )
 
-
+# %% ../../nbs/model/41_load.ipynb #092b0372
 def _load_weights(folder: Path, config: Any, wish: _Wish) -> PreTrainedModel:
     "Build the model and fill it; `InputError` unless every weight found its place"
     keep = _set_labels(config, wish, folder / "config.json")
@@ -440,7 +440,7 @@ def _left_behind(extra: set[str], config: Any) -> set[str]:
             heads |= _heads(_shell(auto_factory._get_model_class(config, mapping), config))
     return {name for name in extra if _in_head(name, heads)}
 
-# %% ../../nbs/model/41_load.ipynb #da1285ee
+# %% ../../nbs/model/41_load.ipynb #e14c4351
 _VOCABULARIES = ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"]
 _VOCABULARIES += ["sentencepiece.bpe.model", "tekken.json", "*.tiktoken"]
 
@@ -461,7 +461,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with _told(folder, "its tokenizer cannot be loaded", "copy its files again"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
-# %% ../../nbs/model/41_load.ipynb #04d43166
+# %% ../../nbs/model/41_load.ipynb #1b00128d
 def _check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
@@ -473,7 +473,7 @@ def _check_vocabulary(
         mend = "give the tokenizer that the model was trained with, or resize_token_embeddings and save"
         raise InputError(f"{folder}: {what}; {mend}.")
 
-# %% ../../nbs/model/41_load.ipynb #6643d927
+# %% ../../nbs/model/41_load.ipynb #8e1b718f
 def pick_device(
     device: str | torch.device = "auto",  # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
 ) -> torch.device:  # one that is there
@@ -496,7 +496,7 @@ def pick_device(
         raise InputError(f"device {device}: not on this machine; give auto or cpu.")
     return found
 
-# %% ../../nbs/model/41_load.ipynb #f00036d2
+# %% ../../nbs/model/41_load.ipynb #d8aec455
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -513,7 +513,7 @@ def pick_dtype(
         raise InputError(f"dtype {name}: unknown; give one of auto, {', '.join(_DTYPES)}.")
     return _DTYPES[name]
 
-# %% ../../nbs/model/41_load.ipynb #1f49bf5b
+# %% ../../nbs/model/41_load.ipynb #b99da062
 _QUANTIZERS = {"int8": "torchao", "nf4": "bitsandbytes"}  # quantize= -> the library that does it
 
 
@@ -543,7 +543,7 @@ def _quantization(wish: _Wish, config: Any, keep: list[str]) -> Any:
         llm_int8_skip_modules=keep,
     )
 
-# %% ../../nbs/model/41_load.ipynb #3596af36
+# %% ../../nbs/model/41_load.ipynb #e2e15eed
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -565,7 +565,7 @@ def _place(device: Any, device_map: Any, quantize: str | None) -> Any:  # what a
         _needs(package, f"quantize={quantize}")
     return device_map or {"": pick_device(device)}
 
-# %% ../../nbs/model/41_load.ipynb #27c40990
+# %% ../../nbs/model/41_load.ipynb #0d4f385b
 def _base_of(folder: Path, base: str | Path | None) -> str:
     "The base that an adapter belongs to, where it is now"
     path = folder / "adapter_config.json"
@@ -594,7 +594,7 @@ def _adapter_file(folder: Path) -> Path:
         raise InputError(f"{folder}: an adapter with {what}; save it again with save_pretrained.")
     return file
 
-# %% ../../nbs/model/41_load.ipynb #26be0381
+# %% ../../nbs/model/41_load.ipynb #b1c57767
 def _put_adapter(model: PreTrainedModel, folder: Path) -> Any:  # a `PeftModel`, adapter trainable
     "Put the adapter in `folder` on its base; `InputError` unless every weight found its place"
     import peft
@@ -618,14 +618,14 @@ def _put_adapter(model: PreTrainedModel, folder: Path) -> Any:  # a `PeftModel`,
         peft.set_peft_model_state_dict(tuned, load_file(file))
     return tuned.eval()
 
-# %% ../../nbs/model/41_load.ipynb #76c7e94a
+# %% ../../nbs/model/41_load.ipynb #5d9a6a8f
 def _name(model: PreTrainedModel, tokenizer: Any, name: str, folder: Path) -> None:
     "Write down what the model is known by: a hub name, else the folder in full"
     local = name.startswith("atlas:") or Path(name).expanduser().is_dir()
     name = str(folder.resolve()) if local else name
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
 
-
+# %% ../../nbs/model/41_load.ipynb #129081cc
 def _set_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     "A head reads whole batches, so it needs a pad token; a decoder finds its last token by it"
     if tokenizer.pad_token is None:
@@ -652,7 +652,7 @@ def _load_parts(folder: Path, wish: _Wish) -> tuple[Any, Any]:
         _set_pad(model, tokenizer, folder)
     return model, tokenizer
 
-# %% ../../nbs/model/41_load.ipynb #677d13bd
+# %% ../../nbs/model/41_load.ipynb #b9e61e16
 _PEFT_TASKS = {  # task -> what peft calls it
     "causal": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
@@ -670,7 +670,7 @@ def _check_adapter_task(folder: Path, task: str) -> None:
     if trained != task:
         raise InputError(f"{path}: trained for {trained}; ask for task={trained!r}.")
 
-
+# %% ../../nbs/model/41_load.ipynb #442059d2
 def _load_adapted(folder: Path, wish: _Wish, base: str) -> tuple[Any, Any]:
     "Model and tokenizer of a folder with an adapter"
     found = read_header(_adapter_file(folder))
@@ -689,7 +689,7 @@ def _load_adapted(folder: Path, wish: _Wish, base: str) -> tuple[Any, Any]:
     )
     return _put_adapter(model, folder), tokenizer
 
-# %% ../../nbs/model/41_load.ipynb #07cbdd48
+# %% ../../nbs/model/41_load.ipynb #ceaf72e7
 @cache  # a sentence is said once a process, however often a model is loaded
 def _say(text: str) -> None:
     "A line for the user that is no error"
@@ -711,7 +711,7 @@ def _checked_labels(labels: Iterable[str] | None, task: str) -> tuple[str, ...] 
         raise InputError(f"labels=: {_few(sorted(twice))} is there twice; give each label once.")
     return tuple(given)
 
-# %% ../../nbs/model/41_load.ipynb #c9a29d7d
+# %% ../../nbs/model/41_load.ipynb #43de6172
 def load_model(
     name_or_path: str | Path,  # `atlas:encoder`, a folder (a whole model or an adapter), a hub name
     task: str = "causal",  # a key of `TASKS`
@@ -750,7 +750,7 @@ def load_model(
         _say(f"{type(model).__name__}: {what}; train them before use.")
     return (model if places else model.to(device)), tokenizer
 
-# %% ../../nbs/model/41_load.ipynb #43d4eddf
+# %% ../../nbs/model/41_load.ipynb #2239631a
 def model_card(
     model: PreTrainedModel,  # with or without an adapter
 ) -> dict[str, Any]:  # parameters = embedding + body + head + adapter; MiB of weights and buffers
@@ -778,7 +778,7 @@ def model_card(
         MiB=round(sum(t.numel() * t.element_size() for t in tensors) / 2**20, 3),
     )
 
-# %% ../../nbs/model/41_load.ipynb #10e6fcee
+# %% ../../nbs/model/41_load.ipynb #1794af1b
 class _Ledger(TorchDispatchMode):
     "Counts the bytes of tensors that are alive, and their highest sum"
 
@@ -808,7 +808,7 @@ class _Ledger(TorchDispatchMode):
                 self.enter(leaf)
         return out
 
-# %% ../../nbs/model/41_load.ipynb #c74cf411
+# %% ../../nbs/model/41_load.ipynb #97e330cd
 def _twin(model: torch.nn.Module, device: str) -> Any:
     "The same model over empty tensors; ties, frozen parts and adapters as they are"
     memo = {}
@@ -832,7 +832,7 @@ def _task_of(model: Any) -> str:
             return task
     raise InputError(f"{name}: is for none of the tasks; load it for one of {', '.join(TASKS)}.")
 
-# %% ../../nbs/model/41_load.ipynb #ff3c1033
+# %% ../../nbs/model/41_load.ipynb #0eec4381
 METHODS = ("full", "lora", "head")  # all weights, adapters on every linear layer, the head alone
 
 
@@ -860,7 +860,7 @@ def _prepare(model: Any, method: str | None, rank: int) -> Any:
     with quiet():
         return peft.get_peft_model(model, config)
 
-# %% ../../nbs/model/41_load.ipynb #dfc220be
+# %% ../../nbs/model/41_load.ipynb #80d6e108
 def _example(model: Any, batch: int, length: int) -> dict[str, torch.Tensor]:
     "A batch of the right shapes; sequence-to-sequence answers are as long as the questions"
     ids, one = torch.ones((batch, length), dtype=torch.long), torch.ones(batch, dtype=torch.long)
@@ -886,7 +886,7 @@ def _dry_loss(model: Any, data: dict[str, torch.Tensor]) -> torch.Tensor:
     head = next(part for name, part in inner.named_children() if name in _heads(inner))
     return torch.nn.functional.cross_entropy(head(body.last_hidden_state[:, -1]), labels)
 
-# %% ../../nbs/model/41_load.ipynb #13a9ed70
+# %% ../../nbs/model/41_load.ipynb #deba4fc6
 def training_memory(
     model: PreTrainedModel,  # not changed; an adapter or frozen parts count as they are
     batch: int,  # `B`, rows a step
@@ -917,7 +917,7 @@ def training_memory(
     parts = dict(weights=weights, gradients=learns, optimizer=2 * learns, activations=kept)
     return {name: round(size / 2**20, 3) for name, size in {**parts, "peak": peak}.items()}
 
-
+# %% ../../nbs/model/41_load.ipynb #7116d3cb
 def _reads(model: Any) -> float:
     "Tokens for which a model has positions; infinite without a table of them"
     rows = [
