@@ -98,7 +98,7 @@ def _from_hub(name: str) -> Path:
         mend += ", or give a folder"
     raise InputError(f"{name}: is neither a folder here nor {what}; {mend}.") from None
 
-# %% ../../nbs/model/41_load.ipynb #f1479a39
+# %% ../../nbs/model/41_load.ipynb #86f70ddf
 def find_checkpoint(
     name: str | Path,  # `atlas:<name>`, a folder, or a hub name
 ) -> Path:  # a folder that exists
@@ -115,7 +115,7 @@ def find_checkpoint(
             return folder
         models = ", ".join(sorted(f.parent.name for f in assets.glob("*/config.json")))
         what = f"no such model in {assets}, which holds {models or 'none yet'}"
-        how = "make the decoder with nbs/atlas/13_pretrain.ipynb, or give another base model"
+        how = "make the missing one with the notebooks in nbs/atlas, or give another base model"
         raise InputError(f"{name}: {what}; {how}.")
     folder = Path(name).expanduser()
     if name and folder.is_dir():
@@ -247,9 +247,10 @@ def read_header(
         raise InputError(f"{path}: has {size:,} bytes where {end:,} belong; copy it again.")
     return found
 
-# %% ../../nbs/model/41_load.ipynb #440b6cc3
-_CONVERT = "from transformers import AutoModelForCausalLM as M; "
-_CONVERT += "M.from_pretrained({0!r}).save_pretrained({0!r})"
+# %% ../../nbs/model/41_load.ipynb #8239a2be
+_CONVERT = "import torch, safetensors.torch as s; s.save_file({{k: v.clone().contiguous() "
+_CONVERT += "for f in {0!r} for k, v in torch.load(f, weights_only=True).items()}}, {1!r}, "
+_CONVERT += "{{'format': 'pt'}})"
 
 
 def _weight_files(folder: Path) -> list[Path]:  # one file or all shards, each of them whole
@@ -266,7 +267,7 @@ def _weight_files(folder: Path) -> list[Path]:  # one file or all shards, each o
         name for name in pickles if not name.startswith(("training_args", "optimizer", "scheduler"))
     ]
     if (lost or not files) and pickles and not index.is_file():
-        how = f'python -c "{_CONVERT.format(str(folder))}"'
+        how = f'python -c "{_CONVERT.format([str(folder / name) for name in pickles], str(files[0]))}"'
         what = f"the weights are a pickle ({pickles[0]}), which can run code when it is opened"
         raise InputError(f"{folder}: {what}; if you trust it, convert it once with {how}.")
     if lost or not files:
