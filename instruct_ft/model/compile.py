@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['LOSSES', 'OPTIMIZERS', 'SCHEDULES', 'METRICS', 'model_task', 'cross_entropy', 'label_smoothing', 'focal', 'Loss',
            'parameter_groups', 'Lion', 'MuonAdamW', 'make_schedule', 'OfflineMetric', 'Accuracy', 'F1', 'MCC',
-           'ExactMatch', 'SpanF1', 'Perplexity', 'MSE', 'compile', 'NotFinite', 'Compiled', 'RateSweep', 'find_rate']
+           'ExactMatch', 'SpanF1', 'Perplexity', 'MSE', 'compile', 'NotFinite', 'Compiled', 'RateSweep', 'find_rate',
+           'time_torch_compile']
 
 # %% ../../nbs/model/47_compile.ipynb #4f7e9556
 import copy
 import inspect
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -1074,3 +1077,38 @@ def _sweep(compiled: Compiled, batches: list, rates: list[float], smooth: float)
         if found.smoothed[-1] > 4 * min(found.smoothed):
             break
     return found
+
+# %% ../../nbs/model/47_compile.ipynb #777a3ba4
+def _seconds(run: Callable, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> float:
+    "Time of one forward and backward pass"
+    start = time.perf_counter()
+    run(**batch).loss.backward()
+    if next(model.parameters()).is_cuda:
+        torch.cuda.synchronize()
+    model.zero_grad()
+    return time.perf_counter() - start
+
+
+def time_torch_compile(
+    model: nn.Module,  # not changed: a copy is run
+    batch: Mapping[str, torch.Tensor],  # with labels, as large as those of the run
+    steps: int = 10,  # passes of which the median is taken
+) -> dict[str, float]:  # eager_s and compiled_s a step, first_s of compiling, pays_after in steps
+    """Measure whether `torch.compile` pays: the time of a step with and without, and of the first call
+
+    `pays_after` is infinite when it never does. Raises `InputError` without a C++ compiler."""
+    model = copy.deepcopy(model)
+    model.train()
+    _seconds(model, model, batch)
+    eager = statistics.median(_seconds(model, model, batch) for _ in range(steps))
+    fast = torch.compile(model)
+    try:
+        first = _seconds(fast, model, batch)
+        _seconds(fast, model, batch)
+    except Exception as e:  # inductor raises what the compiler, or its absence, makes it raise
+        why = " ".join(str(e).split())[:160].rstrip(".")
+        raise InputError(f"torch.compile: {why}; install g++ or go on without it.") from e
+    compiled = statistics.median(_seconds(fast, model, batch) for _ in range(steps))
+    saved = eager - compiled
+    after = (first - eager) / saved if saved > 0 else math.inf
+    return dict(eager_s=eager, compiled_s=compiled, first_s=first, pays_after=after)
