@@ -133,9 +133,9 @@ class StubCRF(nn.Module):
         return [e[m].argmax(-1).tolist() for e, m in zip(emissions, mask, strict=True)]
 
 
-def crf_tagger():
+def crf_tagger(kind=StubCRF):
     model = bert(BertForTokenClassification, id2label={0: "O", 1: "B-X", 2: "I-X"})
-    model.crf = StubCRF(3)
+    model.crf = kind(3)
     return model
 
 
@@ -326,6 +326,16 @@ def test_crf_loss_is_that_of_the_crf_over_learned_places():
     found = compiled.evaluate([b])
     right = (logits.argmax(-1) == b["labels"])[learned].float().mean().item()
     assert set(found) == {"loss", "accuracy", "span_f1"} and 0 <= right <= 1
+
+
+def test_the_course_s_own_crf_is_taken():
+    crf = pytest.importorskip("instruct_ft.model.crf")
+    compiled = compile_model(crf_tagger(crf.LinearChainCRF), metrics="span-f1", lr=1e-2, steps=20)
+    b = batch(compiled.model)
+    losses = [compiled.step(b) for _ in range(20)]
+    assert losses[-1] < losses[0] / 2 and compiled.evaluate([b])["span_f1"] > 0
+    held = {id(p): g for g in compiled.optimizer.param_groups for p in g["params"]}
+    assert all(held[id(p)]["weight_decay"] == 0 for p in compiled.model.crf.parameters())
 
 
 def test_label_faults_are_told():
