@@ -927,13 +927,26 @@ def test_the_search_finds_the_order_of_a_known_best_rate():
     assert np.argmin(found.smoothed) > 2
 
 
+def test_a_lucky_batch_is_no_suggestion():
+    rates = np.geomspace(1e-6, 1, 61).tolist()
+    losses = [
+        6.0 + 0.5 * math.sin(7 * i) - 5 / (1 + 10 ** (-3 - math.log10(r)))
+        for i, r in enumerate(rates)
+    ]
+    mean, smoothed = 0.0, []
+    for i, loss in enumerate(losses):
+        mean = 0.9 * mean + 0.1 * loss
+        smoothed.append(mean / (1 - 0.9 ** (i + 1)))
+    assert 1e-4 < module.RateSweep(rates, losses, smoothed).suggestion < 1e-2
+
+
 def test_searches_that_cannot_be_made_are_refused():
     compiled = compile_model(llama())
     b = batch(compiled.model)
     assert "no batches" in refusal(find_rate, compiled, [])
     assert "low" in refusal(find_rate, compiled, [b], 1.0, 0.1)
     flat = find_rate(compiled, [b], 1e-12, 1e-11, 10)
-    flat.smoothed = [1.0 + i for i in range(10)]
+    flat.losses = flat.smoothed = [1.0 + i for i in range(10)]
     assert "never fell" in refusal(lambda: flat.suggestion)
 
 

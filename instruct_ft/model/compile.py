@@ -88,7 +88,7 @@ def model_task(
         return "multilabel" if kind == "multi_label_classification" else task
     return task
 
-# %% ../../nbs/model/47_compile.ipynb #287968e2
+# %% ../../nbs/model/47_compile.ipynb #4b41139e
 def cross_entropy(
     logits: torch.Tensor,  # `(N, K)` float
     labels: torch.Tensor,  # `(N,)` int64
@@ -107,7 +107,7 @@ def label_smoothing(
     Source: Szegedy et al. 2016, Rethinking the Inception Architecture, section 7"""
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=epsilon)
 
-
+# %% ../../nbs/model/47_compile.ipynb #a854d5cd
 def focal(
     logits: torch.Tensor,  # `(N, K)` float
     labels: torch.Tensor,  # `(N,)` int64
@@ -119,7 +119,7 @@ def focal(
     nats = cross_entropy(logits, labels)
     return (-torch.expm1(-nats)).clamp_min(1e-12) ** gamma * nats  # 1 - p without cancellation
 
-# %% ../../nbs/model/47_compile.ipynb #49a23ea6
+# %% ../../nbs/model/47_compile.ipynb #a04edad2
 def _bce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "Binary cross-entropy of each label"
     return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
@@ -143,7 +143,7 @@ def _weighted(
 def _crf(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     raise NotImplementedError("computed by the model's own crf")
 
-
+# %% ../../nbs/model/47_compile.ipynb #69f93bb3
 _TOKENS = ("causal", "masked", "seq2seq")
 _CLASSES = (*_TOKENS, "classification", "tagging", "questions")
 LOSSES = {  # name -> (function of logits and labels, tasks that it fits, what it does)
@@ -156,7 +156,7 @@ LOSSES = {  # name -> (function of logits and labels, tasks that it fits, what i
     "mse": (_mse, ("regression",), "compares numbers"),
 }
 
-# %% ../../nbs/model/47_compile.ipynb #1426f2c1
+# %% ../../nbs/model/47_compile.ipynb #d5b48689
 def _line_up(
     task: str, outputs: Any, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:  # logits `(…, K)` and labels `(…)`
@@ -170,7 +170,7 @@ def _line_up(
         return logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
     return (logits.squeeze(-1) if task == "regression" else logits), labels
 
-
+# %% ../../nbs/model/47_compile.ipynb #c8c6a32c
 def _check_labels(task: str, logits: torch.Tensor, labels: torch.Tensor) -> None:
     "`InputError` for labels that the logits cannot be compared with"
     dense = task in ("multilabel", "regression")
@@ -188,7 +188,7 @@ def _check_labels(task: str, logits: torch.Tensor, labels: torch.Tensor) -> None
             mend = "use -100 for what is not learned and resize the head if classes are new"
             raise InputError(f"batch: label {wrong} is not in 0 to {k - 1}; {mend}.")
 
-# %% ../../nbs/model/47_compile.ipynb #7a95d2f1
+# %% ../../nbs/model/47_compile.ipynb #67e90d74
 @dataclass
 class Loss:
     "A loss over the learned labels of a batch, summed and divided by their number"
@@ -228,7 +228,7 @@ class Loss:
             values = values * _weights_like(self.task, weights, labels)[learned]
         return values.sum(), learned.sum()
 
-# %% ../../nbs/model/47_compile.ipynb #73e590d3
+# %% ../../nbs/model/47_compile.ipynb #806c39bf
 def _stacked(labels: Any) -> torch.Tensor:
     "Starts and ends of spans come as two tensors: one of shape `(B, 2)` is made of them"
     return torch.stack(list(labels), 1) if isinstance(labels, (tuple, list)) else labels
@@ -241,7 +241,7 @@ def _weights_like(task: str, weights: torch.Tensor, labels: torch.Tensor) -> tor
         raise InputError(f"batch: {what}; give one weight from 0 up for each label.")
     return weights[:, 1:] if task == "causal" else weights
 
-# %% ../../nbs/model/47_compile.ipynb #4a62e1ae
+# %% ../../nbs/model/47_compile.ipynb #55a31785
 def _stacks(model: nn.Module) -> dict[str, int]:  # prefix with a dot -> layers
     "Where the stacks of layers lie"
     found = {}
@@ -266,7 +266,7 @@ def _heights(model: nn.Module) -> dict[str, int]:  # parameter -> 0 head, 1 last
             found[name] = stacks[stack] - int(name[len(stack) :].split(".")[0])
     return found
 
-# %% ../../nbs/model/47_compile.ipynb #ff108dd9
+# %% ../../nbs/model/47_compile.ipynb #6aaf9090
 def _role(model: nn.Module) -> dict[str, str]:  # trainable parameter -> inner, decayed, plain
     "What an optimizer should do with each parameter; tied ones and frozen ones appear once and never"
     kept = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -282,7 +282,7 @@ def _role(model: nn.Module) -> dict[str, str]:  # trainable parameter -> inner, 
             found[name] = "plain" if plain else "inner" if inner else "decayed"
     return found
 
-
+# %% ../../nbs/model/47_compile.ipynb #98b2f1ed
 def parameter_groups(
     model: nn.Module,  # what is frozen is left out, what is tied is there once
     lr: float,  # of the head and everything after the last layer
@@ -306,7 +306,7 @@ def parameter_groups(
         groups.setdefault(key, new)["params"].append(weights[name])
     return list(groups.values())
 
-# %% ../../nbs/model/47_compile.ipynb #0a259cf2
+# %% ../../nbs/model/47_compile.ipynb #33c9e291
 class Lion(torch.optim.Optimizer):
     """Moves every weight by the rate, in the direction that its smoothed gradient has
 
@@ -339,7 +339,7 @@ class Lion(torch.optim.Optimizer):
                 moment.lerp_(p.grad, 1 - b2)
         return loss
 
-# %% ../../nbs/model/47_compile.ipynb #7af32b06
+# %% ../../nbs/model/47_compile.ipynb #5cd04c77
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside the layers, AdamW for the rest, as one optimizer
 
@@ -378,7 +378,7 @@ class MuonAdamW(torch.optim.Optimizer):
             worker.step()
         return loss
 
-# %% ../../nbs/model/47_compile.ipynb #346b4073
+# %% ../../nbs/model/47_compile.ipynb #e68dc077
 def _refuse_unknown(what: str, name: str, known: Iterable[str]) -> None:
     "`InputError` with the nearest known name, unless `name` is known"
     known = list(known)
@@ -403,7 +403,7 @@ def _chosen(what: str, choice: Any, known: Iterable[str]) -> tuple[str, dict]:
     _refuse_unknown(what, name, known)
     return name, options
 
-
+# %% ../../nbs/model/47_compile.ipynb #0bb9911b
 def _options_of(what: str, function: Callable, options: dict, given: int) -> None:
     "`InputError` for an option that `function` does not take after its first `given` arguments"
     for name in options:
@@ -411,7 +411,7 @@ def _options_of(what: str, function: Callable, options: dict, given: int) -> Non
             f"{what}: option", name, list(inspect.signature(function).parameters)[given:]
         )
 
-# %% ../../nbs/model/47_compile.ipynb #e8208bc6
+# %% ../../nbs/model/47_compile.ipynb #9e7044c6
 OPTIMIZERS = {  # name -> (class, what it starts from)
     "adamw": (torch.optim.AdamW, dict(lr=5e-5, weight_decay=0.01)),
     "sgd": (torch.optim.SGD, dict(lr=1e-2, weight_decay=0.0, momentum=0.9)),
@@ -445,7 +445,7 @@ def _optimizer(model: nn.Module, choice: Any, lr: float | None) -> torch.optim.O
     except (ValueError, TypeError) as e:
         raise InputError(f"optimizer {name}: {' '.join(str(e).split())}; change it.") from e
 
-# %% ../../nbs/model/47_compile.ipynb #49b85eb7
+# %% ../../nbs/model/47_compile.ipynb #12bf79b9
 def _check_rates(name: str, lr: Any, grouped: Mapping[str, float]) -> None:
     "`InputError` for a rate or a decay out of range"
     bounds = dict(lr=(0, 100), weight_decay=(0, 10), layer_decay=(0, 1))
@@ -475,7 +475,7 @@ def _check_optimizer(
         raise InputError(f"optimizer: {what}; add them, or freeze them by requires_grad_(False).")
     return optimizer
 
-# %% ../../nbs/model/47_compile.ipynb #850b2918
+# %% ../../nbs/model/47_compile.ipynb #d6fc9c83
 def _wsd(x: float, decay: float = 0.2) -> float:
     "Level, then down by one minus the square root"
     return 1.0 if x <= 1 - decay else 1 - math.sqrt((x - 1 + decay) / decay)
@@ -491,7 +491,7 @@ SCHEDULES = {  # name -> factor at a share `x` of the run after warmup; the opti
     ),
 }
 
-
+# %% ../../nbs/model/47_compile.ipynb #2a3fe231
 def make_schedule(
     choice: str | Mapping[str, Any],  # one of `SCHEDULES`, or dict(name=…, warmup=…, floor=…, …)
     steps: int,  # optimizer steps of the run
@@ -520,7 +520,7 @@ def make_schedule(
 
     return factor
 
-# %% ../../nbs/model/47_compile.ipynb #bfd392fa
+# %% ../../nbs/model/47_compile.ipynb #80be132e
 class OfflineMetric(evaluate.Metric):
     "A metric with `add_batch` and `compute` that is part of this package"
 
@@ -549,7 +549,7 @@ class Accuracy(OfflineMetric):
     def _compute(self, predictions, references):
         return {"accuracy": float(sklearn.metrics.accuracy_score(references, predictions))}
 
-
+# %% ../../nbs/model/47_compile.ipynb #495c3718
 class F1(OfflineMetric):
     "Mean over the classes of the harmonic mean of precision and recall"
 
@@ -564,7 +564,7 @@ class MCC(OfflineMetric):
     def _compute(self, predictions, references):
         return {"mcc": float(sklearn.metrics.matthews_corrcoef(references, predictions))}
 
-# %% ../../nbs/model/47_compile.ipynb #866040e3
+# %% ../../nbs/model/47_compile.ipynb #e5327e6b
 class ExactMatch(OfflineMetric):
     "Share of rows of which every learned label is predicted"
 
@@ -587,7 +587,7 @@ class SpanF1(OfflineMetric):
         total = sum(map(len, found)) + sum(map(len, wanted))
         return {"span_f1": 2 * right / total if total else 0.0}
 
-
+# %% ../../nbs/model/47_compile.ipynb #739ac65c
 def _spans(tags: Iterable[str]) -> Iterable[tuple[str, int, int]]:
     "Type, start and end of each span; an I- that continues nothing is none (strict IOB2)"
     kind, start = None, 0
@@ -598,7 +598,7 @@ def _spans(tags: Iterable[str]) -> Iterable[tuple[str, int, int]]:
         if tag.startswith("B-"):
             kind, start = tag[2:], i
 
-
+# %% ../../nbs/model/47_compile.ipynb #b6bf2802
 class Perplexity(OfflineMetric):
     "`exp` of the mean loss in nats of a learned token; predictions are nats, references are ignored"
 
@@ -616,7 +616,7 @@ class MSE(OfflineMetric):
     def _compute(self, predictions, references):
         return {"mse": float(sklearn.metrics.mean_squared_error(references, predictions))}
 
-# %% ../../nbs/model/47_compile.ipynb #0a61d382
+# %% ../../nbs/model/47_compile.ipynb #430f2069
 _SINGLE = (*_TOKENS, "classification", "tagging", "questions")
 METRICS = {  # name -> (class, tasks that it fits, what it measures)
     "accuracy": (Accuracy, (*_SINGLE, "multilabel"), "counts right classes"),
@@ -628,7 +628,7 @@ METRICS = {  # name -> (class, tasks that it fits, what it measures)
     "mse": (MSE, ("regression",), "compares numbers"),
 }
 
-# %% ../../nbs/model/47_compile.ipynb #aa66c190
+# %% ../../nbs/model/47_compile.ipynb #907d5b5f
 def _check_fit(
     what: str, name: str, known: Mapping[str, tuple], model: nn.Module, task: str
 ) -> None:
@@ -658,7 +658,7 @@ def _loss(model: nn.Module, task: str, choice: Any) -> Callable:
     _check_loss_options(name, options)
     return Loss(name, task, options, crf if name == "crf" else None)
 
-
+# %% ../../nbs/model/47_compile.ipynb #53dde705
 def _check_loss_options(name: str, options: Mapping[str, Any]) -> None:
     "`InputError` for a value out of range"
     epsilon, gamma, by_label = (options.get(k) for k in ("epsilon", "gamma", "by_label"))
@@ -672,7 +672,7 @@ def _check_loss_options(name: str, options: Mapping[str, Any]) -> None:
     if by_label is not None and not all(w >= 0 for w in by_label.values()):
         raise InputError(f"loss {name}: by_label has a weight below 0; give weights from 0 up.")
 
-# %% ../../nbs/model/47_compile.ipynb #a51e381c
+# %% ../../nbs/model/47_compile.ipynb #157d556e
 def _metric(model: nn.Module, task: str, choice: Any) -> Any:
     "The metric of a choice"
     if isinstance(choice, evaluate.EvaluationModule):
@@ -696,7 +696,7 @@ def _scheduler(
     factor = choice if callable(choice) else make_schedule(choice, steps)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-# %% ../../nbs/model/47_compile.ipynb #ff841c77
+# %% ../../nbs/model/47_compile.ipynb #800056f2
 def compile(
     model: nn.Module,  # of transformers, maybe inside peft or `torch.compile`
     loss: str
@@ -729,7 +729,7 @@ def compile(
     )
     return Compiled(model, task, chosen, made, scheduler, found, max_norm, ends)
 
-# %% ../../nbs/model/47_compile.ipynb #29b90c6c
+# %% ../../nbs/model/47_compile.ipynb #ee7e3f46
 class NotFinite(InputError):
     "A loss that is no number any more"
 
@@ -748,54 +748,60 @@ class Compiled:
     steps: Annotated[int | None, "at which the schedule ends; None: never"] = None
     taken: Annotated[int, "steps so far"] = 0
 
-    def loss(
-        self,
-        batch: Mapping[str, torch.Tensor],  # the model's inputs with labels, maybe weights
-        num_items: int | None = None,  # learned labels of the whole step; None: of this batch
-    ) -> torch.Tensor:  # scalar with a graph
-        "The loss of a batch, per learned label"
-        inputs, labels, weights = self._split(batch)
-        more = {} if weights is None else {"weights": weights}
-        return self.loss_fn(self.model(**inputs), labels, num_items_in_batch=num_items, **more)
+# %% ../../nbs/model/47_compile.ipynb #a5830c15
+@patch
+def loss(
+    self: Compiled,
+    batch: Mapping[str, torch.Tensor],  # the model's inputs with labels, maybe weights
+    num_items: int | None = None,  # learned labels of the whole step; None: of this batch
+) -> torch.Tensor:  # scalar with a graph
+    "The loss of a batch, per learned label"
+    inputs, labels, weights = self._split(batch)
+    more = {} if weights is None else {"weights": weights}
+    return self.loss_fn(self.model(**inputs), labels, num_items_in_batch=num_items, **more)
 
-    def step(
-        self,
-        batch: Mapping | list[Mapping],  # a batch, or micro-batches that make one step together
-    ) -> float:  # loss per learned label, before the step
-        """One step of the optimizer and of the schedule
+# %% ../../nbs/model/47_compile.ipynb #adebe1e1
+@patch
+def step(
+    self: Compiled,
+    batch: Mapping | list[Mapping],  # a batch, or micro-batches that make one step together
+) -> float:  # loss per learned label, before the step
+    """One step of the optimizer and of the schedule
 
-        Raises `InputError` when nothing is learned and after the schedule's end, `NotFinite`
-        before a loss that is no number can reach the weights."""
-        if self.steps is not None and self.taken >= self.steps:
-            mend = "compile with steps= as many as the run has"
-            raise InputError(f"step {self.taken + 1}: the schedule ended at {self.steps}; {mend}.")
-        loss = self._learn(batch)
-        self.scheduler.step()
-        self.taken += 1
-        return loss
+    Raises `InputError` when nothing is learned and after the schedule's end, `NotFinite`
+    before a loss that is no number can reach the weights."""
+    if self.steps is not None and self.taken >= self.steps:
+        mend = "compile with steps= as many as the run has"
+        raise InputError(f"step {self.taken + 1}: the schedule ended at {self.steps}; {mend}.")
+    loss = self._learn(batch)
+    self.scheduler.step()
+    self.taken += 1
+    return loss
 
-    def _learn(self, batch):
-        "Gradients of all parts, cut, and one step of the optimizer"
-        parts = batch if isinstance(batch, (list, tuple)) else [batch]
-        count, total = sum(self._count(part) for part in parts), 0.0
-        if not count:
-            raise InputError("batch: no label is learned, all are -100; leave the batch out.")
-        self.model.train()
-        self.optimizer.zero_grad()
-        for part in parts:
-            loss = self.loss(part, num_items=count)
-            loss.backward()
-            total += loss.item()
-        if not math.isfinite(total):
-            what = f"step {self.taken + 1}: the loss is {total}"
-            raise NotFinite(f"{what}; lower the rate and begin again, the weights are unchanged.")
-        if self.max_norm is not None:
-            held = [p for g in self.optimizer.param_groups for p in g["params"]]
-            nn.utils.clip_grad_norm_(held, self.max_norm)
-        self.optimizer.step()
-        return total
+# %% ../../nbs/model/47_compile.ipynb #7cfee49b
+@patch
+def _learn(self: Compiled, batch: Mapping | list[Mapping]) -> float:
+    "Gradients of all parts, cut, and one step of the optimizer"
+    parts = batch if isinstance(batch, (list, tuple)) else [batch]
+    count, total = sum(self._count(part) for part in parts), 0.0
+    if not count:
+        raise InputError("batch: no label is learned, all are -100; leave the batch out.")
+    self.model.train()
+    self.optimizer.zero_grad()
+    for part in parts:
+        loss = self.loss(part, num_items=count)
+        loss.backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        what = f"step {self.taken + 1}: the loss is {total}"
+        raise NotFinite(f"{what}; lower the rate and begin again, the weights are unchanged.")
+    if self.max_norm is not None:
+        held = [p for g in self.optimizer.param_groups for p in g["params"]]
+        nn.utils.clip_grad_norm_(held, self.max_norm)
+    self.optimizer.step()
+    return total
 
-# %% ../../nbs/model/47_compile.ipynb #df8e1ed2
+# %% ../../nbs/model/47_compile.ipynb #c590d541
 def _labels_of(batch: Mapping[str, Any]) -> torch.Tensor:
     "Labels, or starts and ends of spans as `(B, 2)`; `InputError` without any"
     if "labels" in batch:
@@ -820,7 +826,7 @@ def _split(self: Compiled, batch: Mapping[str, Any]) -> tuple[dict, torch.Tensor
         moved["decoder_input_ids"] = make(labels=labels)
     return moved, labels, None if weights is None else weights.to(device)
 
-
+# %% ../../nbs/model/47_compile.ipynb #12a72c55
 @patch
 def _count(self: Compiled, batch: Mapping[str, Any]) -> int:
     "Labels of a batch that are learned"
@@ -831,7 +837,7 @@ def _count(self: Compiled, batch: Mapping[str, Any]) -> int:
         return int(((labels >= 0) & (labels < batch["input_ids"].shape[1])).sum())
     return int(((labels[:, 1:] if self.task == "causal" else labels) != -100).sum())
 
-# %% ../../nbs/model/47_compile.ipynb #4171d57a
+# %% ../../nbs/model/47_compile.ipynb #02cad63c
 @patch
 def _reduced(
     self: Compiled, outputs: Mapping[str, torch.Tensor], labels: torch.Tensor
@@ -854,7 +860,7 @@ def _reduced(
     nats[learned] = cross_entropy(logits[learned].float(), wanted[learned])
     return best, nats
 
-# %% ../../nbs/model/47_compile.ipynb #dc9ebfff
+# %% ../../nbs/model/47_compile.ipynb #31339d29
 def _fed(metric: Any, best: np.ndarray, wanted: np.ndarray, nats: Any, names: Mapping) -> dict:
     "Predictions and references in the form that a metric takes"
     takes, learned = getattr(metric, "takes", "labels"), wanted != -100
@@ -872,7 +878,7 @@ def _fed(metric: Any, best: np.ndarray, wanted: np.ndarray, nats: Any, names: Ma
         rows = [[[names[tag] for tag in row] for row in side] for side in rows]
     return dict(zip(("predictions", "references"), rows, strict=True))
 
-
+# %% ../../nbs/model/47_compile.ipynb #4fd64b3d
 @patch
 def _measured(self: Compiled, parts: list[tuple[np.ndarray, ...]]) -> dict[str, float]:
     "All metrics over parts of (labels in line, predictions, maybe nats)"
@@ -884,7 +890,7 @@ def _measured(self: Compiled, parts: list[tuple[np.ndarray, ...]]) -> dict[str, 
         found |= metric.compute(**whole)
     return found
 
-# %% ../../nbs/model/47_compile.ipynb #6f157109
+# %% ../../nbs/model/47_compile.ipynb #5b002146
 @patch
 @torch.no_grad()
 def evaluate(
@@ -912,7 +918,7 @@ def evaluate(
         raise InputError("batches: no label is learned; give batches with labels.")
     return {"loss": total / count, **self._measured(parts)}
 
-# %% ../../nbs/model/47_compile.ipynb #97232762
+# %% ../../nbs/model/47_compile.ipynb #bac426ad
 class _SameLength(TrainerCallback):
     "`InputError` when training and schedule are not equally long"
 
@@ -925,7 +931,7 @@ class _SameLength(TrainerCallback):
             what = f"it trains for {state.max_steps} steps and the schedule ends at {self.steps}"
             raise InputError(f"Trainer: {what}; {mend}.")
 
-
+# %% ../../nbs/model/47_compile.ipynb #8cf56e2c
 @patch
 def compute_metrics(self: Compiled, predicted: Any) -> dict[str, float]:
     "Metrics of an `EvalPrediction` whose logits were reduced"
@@ -950,7 +956,7 @@ def reduce_logits(self: Compiled, logits: Any, labels: Any) -> Any:
     found = self._reduced(outputs, _stacked(labels))
     return found if len(found) > 1 else found[0]
 
-
+# %% ../../nbs/model/47_compile.ipynb #9d405564
 @patch
 def for_trainer(self: Compiled) -> dict[str, Any]:  # arguments of `transformers.Trainer`
     """What Trainer needs: `Trainer(**compiled.for_trainer(), args=…, train_dataset=…)`
@@ -971,7 +977,7 @@ def for_trainer(self: Compiled) -> dict[str, Any]:  # arguments of `transformers
         callbacks=[_SameLength(self.steps)],
     )
 
-# %% ../../nbs/model/47_compile.ipynb #ea9cd662
+# %% ../../nbs/model/47_compile.ipynb #34ea5203
 def _snapshot(compiled: Compiled) -> Callable[[], None]:  # puts everything back
     "Note all that training changes"
     model, optimizer = compiled.model, compiled.optimizer
@@ -999,7 +1005,7 @@ def _snapshot(compiled: Compiled) -> Callable[[], None]:  # puts everything back
 
     return put_back
 
-# %% ../../nbs/model/47_compile.ipynb #8e553626
+# %% ../../nbs/model/47_compile.ipynb #d9040459
 @dataclass
 class RateSweep:
     "Losses at rising rates"
@@ -1010,13 +1016,16 @@ class RateSweep:
 
     @property
     def suggestion(self) -> float:
-        "The rate at which the smoothed loss falls fastest over the logarithm of the rate"
-        low = int(np.argmin(self.smoothed))
-        if low < 2:
+        "The rate at which the loss falls fastest over the logarithm of the rate, by fits of a line"
+        half = max(3, len(self.rates) // 8)
+        low = min(int(np.argmin(self.smoothed)), len(self.rates) - half - 1)
+        x, y = np.log(self.rates), self.losses
+        near = [slice(i - half, i + half + 1) for i in range(half, low + 1)]
+        slopes = [np.polyfit(x[s], y[s], 1)[0] for s in near]
+        if not slopes or min(slopes) >= 0:
             mend = "search from a lower rate or look at the loss and the labels"
             raise InputError(f"find_rate: the loss never fell from {self.rates[0]:g} up; {mend}.")
-        slope = np.gradient(self.smoothed[: low + 1], np.log(self.rates[: low + 1]))
-        return self.rates[int(np.argmin(slope))]
+        return self.rates[half + int(np.argmin(slopes))]
 
     def plot(
         self,
@@ -1030,7 +1039,7 @@ class RateSweep:
         ax.set(xscale="log", xlabel="rate", ylabel="nats", ylim=(0, top))
         ax.legend()
 
-# %% ../../nbs/model/47_compile.ipynb #6eb4f902
+# %% ../../nbs/model/47_compile.ipynb #fd94b237
 def find_rate(
     compiled: Compiled,  # afterwards as before, bit for bit
     batches: Iterable[Mapping[str, torch.Tensor]],  # used from the start again when they run out
@@ -1055,7 +1064,7 @@ def find_rate(
     finally:
         put_back()
 
-
+# %% ../../nbs/model/47_compile.ipynb #b48c8e0e
 def _sweep(compiled: Compiled, batches: list, rates: list[float], smooth: float) -> RateSweep:
     "One step at each rate, until the loss is four times the lowest"
     groups, mean, found = compiled.optimizer.param_groups, 0.0, RateSweep([], [], [])
@@ -1078,37 +1087,38 @@ def _sweep(compiled: Compiled, batches: list, rates: list[float], smooth: float)
             break
     return found
 
-# %% ../../nbs/model/47_compile.ipynb #777a3ba4
-def _seconds(run: Callable, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> float:
+# %% ../../nbs/model/47_compile.ipynb #0d8db28c
+def _seconds(run: Callable, model: nn.Module, batch: Mapping, clock: Callable) -> float:
     "Time of one forward and backward pass"
-    start = time.perf_counter()
+    start = clock()
     run(**batch).loss.backward()
     if next(model.parameters()).is_cuda:
         torch.cuda.synchronize()
     model.zero_grad()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def time_torch_compile(
     model: nn.Module,  # not changed: a copy is run
     batch: Mapping[str, torch.Tensor],  # with labels, as large as those of the run
     steps: int = 10,  # passes of which the median is taken
+    clock: Callable[[], float] = time.perf_counter,  # another one where the machine is busy
 ) -> dict[str, float]:  # eager_s and compiled_s a step, first_s of compiling, pays_after in steps
     """Measure whether `torch.compile` pays: the time of a step with and without, and of the first call
 
     `pays_after` is infinite when it never does. Raises `InputError` without a C++ compiler."""
     model = copy.deepcopy(model)
     model.train()
-    _seconds(model, model, batch)
-    eager = statistics.median(_seconds(model, model, batch) for _ in range(steps))
+    _seconds(model, model, batch, clock)
+    eager = statistics.median(_seconds(model, model, batch, clock) for _ in range(steps))
     fast = torch.compile(model)
     try:
-        first = _seconds(fast, model, batch)
-        _seconds(fast, model, batch)
+        first = _seconds(fast, model, batch, clock)
+        _seconds(fast, model, batch, clock)
     except Exception as e:  # inductor raises what the compiler, or its absence, makes it raise
         why = " ".join(str(e).split())[:160].rstrip(".")
         raise InputError(f"torch.compile: {why}; install g++ or go on without it.") from e
-    compiled = statistics.median(_seconds(fast, model, batch) for _ in range(steps))
+    compiled = statistics.median(_seconds(fast, model, batch, clock) for _ in range(steps))
     saved = eager - compiled
     after = (first - eager) / saved if saved > 0 else math.inf
     return dict(eager_s=eager, compiled_s=compiled, first_s=first, pays_after=after)
