@@ -464,7 +464,7 @@ def mute_dropout(
         handles += _Mute(module.parameters()).around(module)
     return handles
 
-# %% ../../nbs/model/43_freeze.ipynb #b68b7bee
+# %% ../../nbs/model/43_freeze.ipynb #5de128e4
 class Groups(list):
     "Optimizer groups; show themselves as a table"
 
@@ -493,7 +493,7 @@ def _check_rates(**given: float) -> None:
         if not isinstance(value, (int, float)) or not low < value <= high:
             raise InputError(f"{name}: {value!r} is not in range; give a number up to {high}.")
 
-# %% ../../nbs/model/43_freeze.ipynb #eebcb363
+# %% ../../nbs/model/43_freeze.ipynb #f92b3a7d
 def parameter_groups(
     model: PreTrainedModel,  # with parts of it frozen or not
     lr: float,  # rate of the head
@@ -532,7 +532,7 @@ def _spoken(levels: Iterable[str]) -> str:
     levels = list(levels)
     return levels[0] if len(levels) == 1 else f"{levels[0]} … {levels[-1]}"
 
-# %% ../../nbs/model/43_freeze.ipynb #53c669ff
+# %% ../../nbs/model/43_freeze.ipynb #561ac7b8
 def slanted_triangular(
     steps: int,  # in the whole run
     cut: float = 0.1,  # share of the steps in which the rate rises
@@ -555,7 +555,7 @@ def slanted_triangular(
 
     return factor
 
-# %% ../../nbs/model/43_freeze.ipynb #d5dce821
+# %% ../../nbs/model/43_freeze.ipynb #0e1d878e
 @dataclass(frozen=True)
 class UnfreezePlan:
     "When each level of a model begins to train; shows itself as a table"
@@ -610,7 +610,7 @@ def unfreeze_plan(
     step = lambda i: every * (-(-i // together) if first else i // together)
     return UnfreezePlan([(step(i), level, tuple(held[level])) for i, level in enumerate(levels)])
 
-# %% ../../nbs/model/43_freeze.ipynb #fa9c37d0
+# %% ../../nbs/model/43_freeze.ipynb #41c79e44
 class GradualUnfreezing(TrainerCallback):
     """An `UnfreezePlan` for the `Trainer` of transformers
 
@@ -643,7 +643,7 @@ class GradualUnfreezing(TrainerCallback):
             self.plan.apply(model, state.global_step)
             self.on = on
 
-# %% ../../nbs/model/43_freeze.ipynb #fd2f6f5e
+# %% ../../nbs/model/43_freeze.ipynb #d2c6b7b7
 def bitfit(
     model: PreTrainedModel,  # changed in place
 ) -> Trains:  # what trains now
