@@ -83,6 +83,7 @@ def make(kind, dropout=0.0, tied=True):
     )
 
 
+SHARED = {kind: make(kind) for kind in ("bert", "gpt2")}  # for tests of many examples
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "t5")
 CLASSES = ("roberta", "bert-classes")
 
@@ -165,6 +166,21 @@ def test_an_encoder_alone_and_a_model_with_lora_have_places():
     assert chosen and all(".2." in name for name in chosen)
 
 
+def test_stacks_of_one_name_are_told_apart():
+    model = nn.Module()
+    model.left, model.right = nn.Module(), nn.Module()
+    for side in (model.left, model.right):
+        side.encoder = nn.Module()
+        side.encoder.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    model.config = BertConfig(num_hidden_layers=2)
+    model.get_input_embeddings = lambda: model.left
+    model.left.weight = nn.Parameter(torch.ones(2))
+    model.get_output_embeddings = lambda: None
+    levels = {place.level for place in places(model).values()}
+    sides = [f"{side}.encoder.layers {i}" for side in ("left", "right") for i in (0, 1)]
+    assert levels == {"embeddings", *sides}
+
+
 # ---------------------------------------------------------------- selecting
 
 
@@ -183,8 +199,7 @@ def test_bottom_is_the_embeddings_and_k_layers_of_each_stack(kind, k):
 @given(st.floats(0, 1), st.integers(1, 12))
 @settings(max_examples=60, derandomize=True)
 def test_a_share_of_layers_is_rounded_down(share, layers):
-    torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(**BODY | dict(num_hidden_layers=1)))
+    model = SHARED["bert"]
     model.bert.encoder.layer = nn.ModuleList(nn.Linear(1, 1) for _ in range(layers))
     model.config.num_hidden_layers = layers
     chosen = select(model, bottom=share, names="*encoder*.weight") if share * layers >= 1 else []
@@ -204,7 +219,7 @@ def test_conditions_are_met_together():
 @given(st.floats(0.01, 0.99))
 @settings(max_examples=40, derandomize=True)
 def test_share_takes_the_most_whole_levels_that_fit(share):
-    model = make("gpt2")
+    model = SHARED["gpt2"]
     table = what_trains(model)
     size = {name: p.numel() for name, p in model.named_parameters()}
     first = table.rows[0][1] / table.parameters

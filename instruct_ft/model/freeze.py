@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..settings import InputError
 
-# %% ../../nbs/model/43_freeze.ipynb #7ff7c4df
+# %% ../../nbs/model/43_freeze.ipynb #e5a2ffb6
 PARTS = ("embeddings", "attention", "feed-forward", "norms", "biases", "head")
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers")
 _COUNTS += ("num_decoder_layers", "decoder_layers")
@@ -44,7 +44,10 @@ def _stacks(model: nn.Module) -> dict[str, tuple[str, nn.ModuleList]]:  # name -
         )
     if len(found) == 1:
         return {"layer": next(iter(found.items()))}
-    return {path.split(".")[-2]: (path, layers) for path, layers in found.items()}
+    names = {path: path.split(".")[-2] if "." in path else path for path in found}
+    if len(set(names.values())) < len(found):
+        names = {path: path for path in found}
+    return {names[path]: (path, layers) for path, layers in found.items()}
 
 # %% ../../nbs/model/43_freeze.ipynb #b791524f
 @dataclass(frozen=True)
@@ -464,7 +467,7 @@ def mute_dropout(
         handles += _Mute(module.parameters()).around(module)
     return handles
 
-# %% ../../nbs/model/43_freeze.ipynb #5de128e4
+# %% ../../nbs/model/43_freeze.ipynb #59eb17d1
 class Groups(list):
     "Optimizer groups; show themselves as a table"
 
@@ -487,10 +490,10 @@ def _distances(model: nn.Module) -> dict[str, int]:
 
 def _check_rates(**given: float) -> None:
     "`InputError` for a rate, a factor or a decay that cannot be meant"
-    allowed = dict(lr=(0, 10), head_lr=(0, 10), layer_decay=(0, 1), weight_decay=(-1e-30, 10))
     for name, value in given.items():
-        low, high = allowed[name]
-        if not isinstance(value, (int, float)) or not low < value <= high:
+        high = 1 if name == "layer_decay" else 10
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value <= high or (value == 0 and name != "weight_decay"):
             raise InputError(f"{name}: {value!r} is not in range; give a number up to {high}.")
 
 # %% ../../nbs/model/43_freeze.ipynb #f92b3a7d
