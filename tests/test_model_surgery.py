@@ -293,7 +293,7 @@ def test_kept_layers_are_applied_in_the_order_given():
     assert relative(logits(keep_layers(model, [3, 1, 1])), oracle) < 1e-6
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.sampled_from(["bert", "llama"]))
 def test_keep_layers_composes(layers, kind):
     model = make(kind)
@@ -472,7 +472,7 @@ def test_half_precision_widens_within_its_rounding():
     assert relative(logits(wider).float(), logits(model).float()) < 0.05
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     st.sampled_from(["bert", "llama", "gpt2", "t5"]),
     st.integers(129, 300),

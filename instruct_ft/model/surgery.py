@@ -65,7 +65,7 @@ _LAYOUTS |= dict.fromkeys(("roberta", "xlm-roberta"), _ROBERTA)
 _LAYOUTS |= dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _ROTARY)
 _LAYOUTS |= dict.fromkeys(("t5", "mt5"), _T5)
 
-# %% ../../nbs/model/42_surgery.ipynb #b46f8150
+# %% ../../nbs/model/42_surgery.ipynb #fe63a195
 def _layout(model: Any) -> _Layout:
     "The layout of a model; `InputError` for what cannot be operated on"
     if getattr(model, "peft_config", None):
@@ -262,7 +262,7 @@ def pick_layers(
     first = min(range(keep + 1), key=lambda i: float(distance[i, i + gone]))
     return [i for i in range(n) if not first <= i < first + gone]
 
-# %% ../../nbs/model/42_surgery.ipynb #29832706
+# %% ../../nbs/model/42_surgery.ipynb #f5238aaa
 def _silence(model: PreTrainedModel, layer: str) -> None:
     "What a layer adds to the hidden state becomes zero"
     ends = _layout(model).outputs
@@ -305,7 +305,7 @@ def add_layers(
                 _hand_on(deeper, before, f"{stack}.{i}")
     return deeper
 
-# %% ../../nbs/model/42_surgery.ipynb #7de868e2
+# %% ../../nbs/model/42_surgery.ipynb #062b74ad
 def _copies(old: int, new: int, groups: int, source: torch.Generator) -> Tensor:  # `(new,)`
     "For each new unit the old one that it copies: in each group first all, then a draw"
     size, wide, found = old // groups, new // groups, []
@@ -334,7 +334,7 @@ class _Growth:
             return (self.units[:, None] * len(block) + block).flatten()
         return (block[:, None] * self.old + self.units).flatten()
 
-# %% ../../nbs/model/42_surgery.ipynb #e8d40f64
+# %% ../../nbs/model/42_surgery.ipynb #5ca14c41
 def _shared(weight: Tensor, axis: int, index: Tensor, growth: _Growth) -> Tensor:
     "Copies along the side that reads; those of one unit sum up to what was there"
     work = torch.promote_types(weight.dtype, torch.float32)
@@ -364,7 +364,7 @@ def _grown(model: PreTrainedModel, config: Any, growth: _Growth) -> PreTrainedMo
 
     return _rebuilt(model, config, weight)
 
-# %% ../../nbs/model/42_surgery.ipynb #2a8f4e72
+# %% ../../nbs/model/42_surgery.ipynb #9143541d
 def _take_back(model: PreTrainedModel, times: int) -> None:
     "Undo what a tied head, and T5's scale before it, make of a hidden state `times` as wide"
     head, factor = model.get_output_embeddings(), 1.0
@@ -398,7 +398,7 @@ def _wider_hidden(model: PreTrainedModel, size: int, noise: float, source: Any) 
     _take_back(new, size // old)
     return new
 
-# %% ../../nbs/model/42_surgery.ipynb #c2ad278f
+# %% ../../nbs/model/42_surgery.ipynb #58c60d49
 def _wider_feed_forward(
     model: PreTrainedModel, size: int, noise: float, source: Any
 ) -> PreTrainedModel:
@@ -431,7 +431,7 @@ def _wider_heads(model: PreTrainedModel, heads: int, noise: float, source: Any) 
     units = _copies(old, heads, groups, source)
     return _grown(model, config, _Growth(old, units, noise, source, heads=True))
 
-# %% ../../nbs/model/42_surgery.ipynb #73ac770d
+# %% ../../nbs/model/42_surgery.ipynb #9b5f19b7
 def widen(
     model: PreTrainedModel,  # stays as it is
     hidden: int | None = None,  # units of the hidden state, a multiple of those that there are
@@ -456,7 +456,7 @@ def widen(
         raise InputError("widen: there is nothing to do; give hidden, feed_forward or heads.")
     return new
 
-# %% ../../nbs/model/42_surgery.ipynb #b4c67464
+# %% ../../nbs/model/42_surgery.ipynb #8fa063c1
 def _positions(table: Tensor, length: int, how: str) -> Tensor:  # `(length, D)`
     "A table of positions with another number of rows"
     if length <= len(table):
@@ -485,7 +485,7 @@ def _with(
         old[name] = by_id.get(id(p), old[name])
     return _rebuilt(model, config, lambda name, _: old[name].detach().clone())
 
-# %% ../../nbs/model/42_surgery.ipynb #5f0fd36f
+# %% ../../nbs/model/42_surgery.ipynb #3d552a2a
 def resize_positions(
     model: PreTrainedModel,  # stays as it is
     length: int,  # tokens that a text may have
@@ -511,7 +511,7 @@ def resize_positions(
     rows = torch.cat([table[:front], _positions(table[front:], length, how)])
     return _with(model, config, {table: rows})
 
-# %% ../../nbs/model/42_surgery.ipynb #b3d1cda6
+# %% ../../nbs/model/42_surgery.ipynb #97d9bb0f
 _ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 _KIN = {"cls": "bos", "bos": "cls", "sep": "eos", "eos": "sep"}
 
@@ -535,7 +535,7 @@ def _text_of(tokenizer: Any, token: str) -> str:
         return token
     return decoder.decode(["a", token]).removeprefix("a")
 
-# %% ../../nbs/model/42_surgery.ipynb #e7f908aa
+# %% ../../nbs/model/42_surgery.ipynb #1516f36f
 def _sources(old: Any, new: Any, init: str, rows: int) -> list[list[int]]:
     "For each new id the old ids whose rows it is the mean of; empty: all"
     vocab, added = old.get_vocab(), new.get_added_vocab()
@@ -569,7 +569,7 @@ def _averaged(table: Tensor, sources: list[list[int]], known: Tensor) -> Tensor:
     new[torch.tensor([not ids for ids in sources])] = old[known].mean(0)
     return new.to(table)
 
-# %% ../../nbs/model/42_surgery.ipynb #308576d8
+# %% ../../nbs/model/42_surgery.ipynb #0dfddce1
 def _tell_ids(config: Any, old: Any, new: Any, begins: int | None) -> None:
     "Write the ids of roles into a configuration"
     for role in _ROLES:
@@ -591,7 +591,7 @@ def _token_weights(model: PreTrainedModel) -> list[nn.Parameter]:
     found += [head.weight] if head is not None else []
     return found + ([head.bias] if getattr(head, "bias", None) is not None else [])
 
-# %% ../../nbs/model/42_surgery.ipynb #1cadb30f
+# %% ../../nbs/model/42_surgery.ipynb #d14e7e7a
 def replace_vocabulary(
     model: PreTrainedModel,  # stays as it is
     tokenizer: Any,  # the fast tokenizer that it was trained with
@@ -625,7 +625,7 @@ def replace_vocabulary(
         _tell_ids(new.generation_config, tokenizer, new_tokenizer, begins)
     return new
 
-# %% ../../nbs/model/42_surgery.ipynb #0dff602c
+# %% ../../nbs/model/42_surgery.ipynb #6a81fdef
 def set_dropout(
     model: PreTrainedModel,  # stays as it is
     p: float,  # chance that a unit is dropped
