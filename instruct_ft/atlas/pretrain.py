@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'TURN_START', 'TURN_END', 'CHATML', 'train_tokenizer', 'token_blocks', 'new_decoder', 'wire_copying',
-           'echo_blocks', 'course_of_blocks', 'schedule', 'pretrain', 'next_token_step', 'settle_control_tokens',
-           'save_base']
+           'echo_blocks', 'course_of_blocks', 'schedule', 'next_token_loss', 'two_optimizers', 'pretrain',
+           'settle_control_tokens', 'save_base']
 
 # %% ../../nbs/atlas/13_pretrain.ipynb #e771b2e0
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 # %% ../../nbs/atlas/13_pretrain.ipynb #d068f0ce
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -180,55 +180,61 @@ def schedule(
     return min(1.0, (step + 1) / warmup, max(0.02, (steps - step) / (decay * steps)))
 
 # %% ../../nbs/atlas/13_pretrain.ipynb #af35960e
+def next_token_loss(
+    model: LlamaForCausalLM,
+    x: torch.Tensor,  # `(B, T)` ids
+) -> torch.Tensor:  # scalar: mean loss in nats a token
+    "Every token is predicted from those before it"
+    logits = model(input_ids=x).logits[:, :-1]
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), x[:, 1:].reshape(-1))
+
+
+def two_optimizers(
+    model: PreTrainedModel,
+    muon_lr: float,  # rate of the matrices inside the layers
+    adam_lr: float,  # rate of embeddings, norms and biases
+) -> list[torch.optim.Optimizer]:  # Muon and AdamW
+    "Muon for the matrices of the linear layers, AdamW for everything else"
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    inside = [m.weight for m in linear]
+    ids = {id(p) for p in inside}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    return [
+        torch.optim.Muon(inside, lr=muon_lr, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+# %% ../../nbs/atlas/13_pretrain.ipynb #6914a168
 def pretrain(
-    model: LlamaForCausalLM,  # trained in place
+    model: PreTrainedModel,  # trained in place
     blocks: Iterable[torch.Tensor],  # `(B, T)` ids
     steps: int,  # blocks to train on
     muon_lr: float = 0.02,  # peak rate of the layers' matrices
     adam_lr: float = 3e-3,  # peak rate of embedding and norms
     bf16: bool = True,  # matrix products in bfloat16; weights stay float32
     every: int = 100,  # steps a record
-    save_to: Path | None = None,  # folder for a float16 copy at every tenth record
-    tokenizer: PreTrainedTokenizerFast | None = None,  # written beside that copy
+    loss: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = next_token_loss,
 ) -> list[tuple[int, float]]:  # (step, mean loss in nats a token since the last record)
-    "Predict the next token, block by block"
-    inside = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    ids = {id(p) for p in inside}
-    others = [p for p in model.parameters() if id(p) not in ids]
-    optimizers = [
-        torch.optim.Muon(inside, lr=muon_lr, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
+    "Block by block: loss, gradient, clip to norm 1, update"
+    optimizers = two_optimizers(model, muon_lr, adam_lr)
     history, losses = [], []
     model.train()
     for step, x in enumerate(tqdm(islice(blocks, steps), total=steps, desc="pretrain")):
         for o, peak in zip(optimizers, (muon_lr, adam_lr)):
             o.param_groups[0]["lr"] = peak * schedule(step, steps)
-        losses.append(next_token_step(model, x, optimizers, bf16))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss(model, x)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        losses.append(value.item())
         if (step + 1) % every == 0 or step + 1 == steps:
             history.append((step + 1, sum(losses) / len(losses)))
             losses = []
-            if save_to and len(history) % 10 == 0:
-                save_base(model, tokenizer, save_to)
     return history
-
-# %% ../../nbs/atlas/13_pretrain.ipynb #6914a168
-def next_token_step(
-    model: LlamaForCausalLM,
-    x: torch.Tensor,  # `(B, T)` ids
-    optimizers: list[torch.optim.Optimizer],
-    bf16: bool,  # see `pretrain`
-) -> float:  # mean loss in nats a token
-    "One step: loss, gradient, clip to norm 1, update"
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logits = model(input_ids=x).logits[:, :-1]
-    loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), x[:, 1:].reshape(-1))
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for o in optimizers:
-        o.step()
-        o.zero_grad(set_to_none=True)
-    return loss.item()
 
 # %% ../../nbs/atlas/13_pretrain.ipynb #c5ed06d8
 @torch.no_grad()
@@ -245,14 +251,10 @@ def settle_control_tokens(
 
 # %% ../../nbs/atlas/13_pretrain.ipynb #ebac04eb
 def save_base(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     folder: str | Path,  # made when missing
 ) -> None:
     "Write weights as float16 safetensors, with the tokenizer; the model in memory stays float32"
-    half = {k: v.to(torch.float16) for k, v in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=half)
+    deepcopy(model).to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = json.loads((Path(folder) / "config.json").read_text())
-    config["dtype"] = "float16"
-    (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -59,7 +59,7 @@ def _sentiment(lang: str, split: str, rng: random.Random) -> dict[str, str]:
     frame, subject = rng.choice(TEXT["review"][lang]), rng.choice(TEXT["subject"][lang])
     return {"text": frame.format(s=subject, w=word), "label": label}
 
-# %% ../../nbs/atlas/16_tasks.ipynb #a8bbcfcb
+# %% ../../nbs/atlas/16_tasks.ipynb #3d4ecf5d
 _PIECE = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[^\w\s]")
 
 
@@ -82,12 +82,12 @@ def _tag(start: int, spans: list[tuple[int, int, str]]) -> str:
     return "O"
 
 
-def _entities(lang: str, split: str, rng: random.Random) -> dict[str, list[str]]:
+def _entities(lang: str, split: str, rng: random.Random) -> dict[str, Any]:
     text, found = mention(lang, rng, frozenset({split}))
     spans = _places(text, {n: _KINDS[k] for k, names in found.items() for n in names})
     pieces = list(_PIECE.finditer(text))
     tags = [_tag(m.start(), spans) for m in pieces]
-    return {"tokens": [m.group() for m in pieces], "tags": tags}
+    return {"text": text, "tokens": [m.group() for m in pieces], "tags": tags}
 
 # %% ../../nbs/atlas/16_tasks.ipynb #b5b2e36e
 def _extractive(lang: str, split: str, rng: random.Random) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _rewriting(lang: str, split: str, rng: random.Random) -> dict[str, str]:
     source = fill(rng.choice(frames[1:]), k, v, phrase)
     return {"source": source, "target": fill(frames[0], k, v, phrase)}
 
-# %% ../../nbs/atlas/16_tasks.ipynb #26e25700
+# %% ../../nbs/atlas/16_tasks.ipynb #7237c2eb
 _MAKERS = {
     "topic": _topic,
     "sentiment": _sentiment,
@@ -155,7 +155,7 @@ def task_rows(
 ) -> "Dataset":  # `lang` and the columns of the task
     """Rows of a task; no name, person or adjective of one split occurs in another
 
-    Columns: `text, label` (topic, sentiment) · `tokens, tags` (entities) · `question, context, answer, start` (extractive;
+    Columns: `text, label` (topic, sentiment) · `text, tokens, tags` (entities) · `question, context, answer, start` (extractive;
     `start` in code points) · `question, answer` (closed_book) · `source, target` (rewriting).
     Raises `InputError` for an unknown task, split or language, and for more rows than there are."""
     from datasets import Dataset
