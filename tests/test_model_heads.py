@@ -232,6 +232,7 @@ def test_segment_ids_travel_with_their_tokens():
 def test_pack_right_keeps_order_and_refuses_an_empty_row():
     mask, ids = pack_right(torch.tensor([[0.0, 1, 0, 1]]), torch.tensor([[1, 2, 3, 4]]))
     assert ids.tolist() == [[2, 4]] and mask.tolist() == [[1, 1]]
+    says("give query", pool, torch.zeros(1, 1, 1), torch.ones(1, 1), "attention")
     says("row 1 has no token", pack_right, torch.tensor([[1], [0]]))
 
 
@@ -552,9 +553,9 @@ def test_encode_classes_of_sets_and_numbers(folders):
 
 def test_bad_input_is_one_sentence(folders, tmp_path):
     bert = folders / "bert"
-    says("needs two", new_head, bert, CLASS, [])
-    says("needs two", new_head, bert, CLASS, ["only"])
-    says("the list is empty", new_head, bert, MANY, [])
+    says("needs 2", new_head, bert, CLASS, [])
+    says("needs 2", new_head, bert, CLASS, ["only"])
+    says("needs 1", new_head, bert, MANY, [])
     says("'a' is there twice", new_head, bert, CLASS, ["a", "a"])
     says("no list of names", new_head, bert, CLASS, "ab")
     says("no list of names", new_head, bert, CLASS, ["a", 1])
@@ -679,6 +680,12 @@ def test_answers_are_read_back_word_for_word(folders, family):
 # ---- choices
 
 
+def test_asking_leaves_the_model_in_its_mode():
+    model = body("gpt2").train()
+    score_choices(model, [[5, 6]], [[[7], [8, 9]]])
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
 def alone(model, prompt, choice):
     "Log-probability of a candidate: one row, no cache, no padding"
     if model.config.is_encoder_decoder:
@@ -761,4 +768,4 @@ def test_labels_as_answers_end_with_the_end_token():
     rows = instruction_rows(["Gold melts."], "Topic?", ["one"])
     assert rows[0]["messages"][1] == {"role": "assistant", "content": "one"}
     says("is there twice", label_choices, tok, ["x"], "Topic?", ["a", "a"])
-    says("the list is empty", label_choices, tok, ["x"], "Topic?", [])
+    says("needs 1", label_choices, tok, ["x"], "Topic?", [])

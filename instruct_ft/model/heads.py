@@ -7,10 +7,10 @@ __all__ = ['POOLINGS', 'HEADS', 'pool', 'Pooling', 'pack_right', 'focal_loss', '
            'PooledForSequenceClassification', 'head_modules', 'new_head', 'encode_classes', 'tag_spans', 'best_spans',
            'encode_questions', 'read_answers', 'score_choices', 'choice_ids', 'instruction_rows', 'label_choices']
 
-# %% ../../nbs/model/44_heads.ipynb #09299377
+# %% ../../nbs/model/44_heads.ipynb #23173c05
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from ..settings import InputError
 from ..tokenization.encode import encode_rows
 from ..tokenization.entities import Tokens, align_labels, labels_to_spans, read_tokens
 
-# %% ../../nbs/model/44_heads.ipynb #1648bf22
+# %% ../../nbs/model/44_heads.ipynb #bc1243de
 POOLINGS = ("first", "mean", "max", "last", "attention")
 
 
@@ -52,9 +52,11 @@ def pool(
 ) -> torch.Tensor:  # `(B, D)` in float32 at least
     """One vector a text; what is masked has no say, whatever stands there
 
-    Raises `InputError` for a pooling that there is not."""
+    Raises `InputError` for a pooling that there is not, and for attention without a query."""
     if how not in POOLINGS:
         raise InputError(f"pooling {how}: unknown; give one of {', '.join(POOLINGS)}.")
+    if how == "attention" and query is None:
+        raise InputError("pooling attention: it asks with a vector; give query=….")
     mask = mask.bool()
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     hidden = hidden.masked_fill(~mask[..., None], 0)
@@ -280,7 +282,7 @@ AutoModelForSequenceClassification.register(
     PooledConfig, PooledForSequenceClassification, exist_ok=True
 )
 
-# %% ../../nbs/model/44_heads.ipynb #59a43ad5
+# %% ../../nbs/model/44_heads.ipynb #90404ede
 HEADS = {
     "single_label_classification": AutoModelForSequenceClassification,
     "multi_label_classification": AutoModelForSequenceClassification,
@@ -290,33 +292,32 @@ HEADS = {
 }
 
 
-def _label_maps(labels: Sequence[str], problem: str) -> dict[str, Any]:
-    "`id2label`, `label2id` and `problem_type` of a configuration"
-    if problem not in HEADS:
-        raise InputError(f"problem {problem}: unknown; give one of {', '.join(HEADS)}.")
+def _check_names(labels: Sequence[str], least: int, what: str) -> None:
+    "`InputError` unless these are different names, so many at least"
     if isinstance(labels, str) or not all(isinstance(x, str) and x.strip() for x in labels):
         raise InputError(
             f"labels: {labels!r:.60} is no list of names; give one such as ['yes', 'no']."
         )
-    labels = list(labels) or ["value"] * (problem == "regression")
     if twice := [name for name, n in Counter(labels).items() if n > 1]:
         raise InputError(f"labels: {twice[0]!r} is there twice; give each label once.")
+    if len(labels) < least:
+        raise InputError(f"labels: {len(labels)} given; {what} needs {least} at least.")
+
+
+def _label_maps(labels: Sequence[str], problem: str) -> dict[str, Any]:
+    "`id2label`, `label2id` and `problem_type` of a configuration"
+    if problem not in HEADS:
+        raise InputError(f"problem {problem}: unknown; give one of {', '.join(HEADS)}.")
+    labels = labels or ["value"] * (problem == "regression")
     if problem == "span":
         if labels:
             raise InputError("labels: a span head has none; leave them away.")
         return {}
-    if len(labels) < (2 if problem == "single_label_classification" else 1):
-        raise InputError(
-            f"labels: {len(labels)} given; {problem} needs two at least."
-            if "single" in problem
-            else f"labels: the list is empty; {problem} needs one at least."
-        )
+    _check_names(labels, 2 if problem == "single_label_classification" else 1, problem)
     kind = {} if problem == "tagging" else {"problem_type": problem}
-    return {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {x: i for i, x in enumerate(labels)},
-        **kind,
-    }
+    return (
+        dict(id2label=dict(enumerate(labels)), label2id={x: i for i, x in enumerate(labels)}) | kind
+    )
 
 # %% ../../nbs/model/44_heads.ipynb #5cb1c053
 def head_modules(
@@ -610,7 +611,7 @@ def tag_spans(
     spans = labels_to_spans(tokens, labels, names=list(names))
     return [span | {"text": tokens.text[span["start"] : span["end"]]} for span in spans]
 
-# %% ../../nbs/model/44_heads.ipynb #7106bf26
+# %% ../../nbs/model/44_heads.ipynb #3ed82045
 def best_spans(
     start: torch.Tensor,  # `(B, T)` logits
     end: torch.Tensor,  # `(B, T)` logits
@@ -625,7 +626,8 @@ def best_spans(
     if max_tokens < 1:
         raise InputError(f"max_tokens: {max_tokens} given; give 1 or more.")
     allowed, width = allowed.bool(), start.shape[1]
-    scores = start.double()[:, :, None] + end.double()[:, None, :]
+    exact = torch.promote_types(start.dtype, torch.float32)
+    scores = start.to(exact)[:, :, None] + end.to(exact)[:, None, :]
     band = torch.ones(width, width, dtype=torch.bool, device=start.device)
     band = band.triu() & ~band.triu(max_tokens)
     inside = (~allowed).cumsum(1)  # the same at both ends: nothing foreign between them
@@ -696,8 +698,19 @@ def encode_questions(
             found.append(e)
     return _keep(rows, "encode_questions", found)
 
-# %% ../../nbs/model/44_heads.ipynb #86d67965
-@torch.no_grad()
+# %% ../../nbs/model/44_heads.ipynb #3779cd19
+@contextmanager
+def _asked(model: Any) -> Iterator[None]:
+    "Without dropout and gradients inside the block; afterwards in the mode that it was in"
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def read_answers(
     model: PreTrainedModel,  # with a span head
     tokenizer: Any,  # of `new_head`
@@ -706,7 +719,6 @@ def read_answers(
     batch_size: int = 32,
 ) -> list[dict]:  # `text`, `start`, `end` (code points of the passage), `log_p`
     "The answers, word for word as they stand in their passages; one for each row, in order"
-    model.eval()
     names, answers = (
         [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in rows.column_names],
         [],
@@ -716,18 +728,18 @@ def read_answers(
         batch = tokenizer.pad(
             {n: part[n] for n in names}, padding_side="right", return_tensors="pt"
         ).to(model.device)
-        out = model(**batch)
-        allowed = torch.zeros(out.start_logits.shape, dtype=torch.bool)
-        for i, offsets in enumerate(part["offsets"]):
-            allowed[i, : len(offsets)] = torch.tensor([a < b for a, b in offsets])
-        first, last, log_p = best_spans(
-            out.start_logits, out.end_logits, allowed.to(model.device), max_tokens
+        with _asked(model):
+            out = model(**batch)
+        offsets = [x + [[0, 0]] * (out.start_logits.shape[1] - len(x)) for x in part["offsets"]]
+        offsets = torch.tensor(offsets, device=model.device)
+        found = best_spans(
+            out.start_logits, out.end_logits, offsets[..., 0] < offsets[..., 1], max_tokens
         )
-        for i, (a, b, score) in enumerate(zip(first.tolist(), last.tolist(), log_p.tolist())):
-            start, end = (part["offsets"][i][a][0], part["offsets"][i][b][1]) if a >= 0 else (0, 0)
-            answers.append(
-                dict(text=part["context"][i][start:end], start=start, end=end, log_p=score)
-            )
+        for text, place, a, b, log_p in zip(
+            part["context"], offsets.tolist(), *(x.tolist() for x in found)
+        ):
+            start, end = (place[a][0], place[b][1]) if a >= 0 else (0, 0)
+            answers.append(dict(text=text[start:end], start=start, end=end, log_p=log_p))
     return answers
 
 # %% ../../nbs/model/44_heads.ipynb #bc972718
@@ -792,7 +804,7 @@ def _seq2seq_scores(
     )
     return _picked(out.logits, ends) * there
 
-# %% ../../nbs/model/44_heads.ipynb #ee115160
+# %% ../../nbs/model/44_heads.ipynb #ce041c81
 def _check_choices(
     model: Any, prompts: Sequence[list[int]], choices: Sequence[list[list[int]]]
 ) -> Any:
@@ -818,7 +830,6 @@ def _check_choices(
     return _seq2seq_scores if core.config.is_encoder_decoder else _decoder_scores
 
 
-@torch.no_grad()
 def score_choices(
     model: PreTrainedModel,  # a decoder or T5, with its language-model head
     prompts: Sequence[list[int]],  # ids
@@ -830,16 +841,19 @@ def score_choices(
 
     Raises `InputError` for a model without a vocabulary to answer in, and for empty or too long lists."""
     how, scores = _check_choices(model, prompts, choices), []
-    model.eval()
     for at in range(0, len(prompts), batch_size):
         part = choices[at : at + batch_size]
         owner = torch.tensor(
             [i for i, several in enumerate(part) for _ in several], device=model.device
         )
-        found = how(
-            model, prompts[at : at + batch_size], [c for several in part for c in several], owner
-        )
-        flat = iter(found.double().sum(1).tolist())
+        with _asked(model):
+            found = how(
+                model,
+                prompts[at : at + batch_size],
+                [c for several in part for c in several],
+                owner,
+            )
+        flat = iter(found.sum(1).tolist())
         scores += [[next(flat) for _ in several] for several in part]
     if lengths is None:
         return scores
@@ -874,7 +888,7 @@ def choice_ids(
         )
     return before[:cut], [ids[cut:] for ids in whole]
 
-# %% ../../nbs/model/44_heads.ipynb #cf75dfea
+# %% ../../nbs/model/44_heads.ipynb #517ec7d5
 def instruction_rows(
     texts: Sequence[str],  # to classify
     question: str,  # what is asked about each of them
@@ -899,7 +913,7 @@ def label_choices(
     """Ids of each text's prompt and of the labels as its answers, end token included
 
     Raises `InputError` for labels that are empty or there twice, and as `encode_rows` does."""
-    _label_maps(labels, "tagging")
+    _check_names(labels, 1, "a choice")
     many = instruction_rows([t for t in texts for _ in labels], question, list(labels) * len(texts))
     found, done = encode_rows(many, tokenizer, template)
     if len(done.dropped):
