@@ -10,6 +10,7 @@ _MODULES = {
     "claims": "Claim ClaimError claim claims_table read_claims",
     "atlas.facts": "atlas_path",
     "atlas.instructions": "instructions",
+    "atlas.tasks": "task_rows",
     "atlas.tokenizers": "family_tokenizer new_tokenizer",
     "data.collect": "StepResult accounting collect steps write_rows",
     "data.clean": "apply_rules clean drop_duplicate_ids drop_empty drop_exact_duplicates"
@@ -34,8 +35,13 @@ _MODULES = {
     "tokenization.oov": "KnownWords add_byte_fallback bpe_from_scratch coverage draw_merges"
     " embedding_neighbours extend_vocabulary nearest_word train_tokenizer_like worth_adding",
     "tokenization.inspect": "audit diff_tokenizers",
-    "model.load": "load_model model_card pick_device",
-    "model.adapters": "add_lora merge_adapter",
+    "model.choose": "compare_architectures family_of",
+    "model.load": "load_model model_card pick_device training_memory",
+    "model.surgery": "add_layers angular_distance keep_layers pick_layers replace_vocabulary"
+    " resize_positions set_dropout widen",
+    "model.crf": "CRFTagger LinearChainCRF bio_constraints",
+    "model.adapters": "add_adapter add_lora load_adapter logits_by_row lora_plus_groups merge_adapter"
+    " save_adapter use_adapter",
     "training.trainer": "InstructTrainer Run collate fine_tune",
     "eval.generate": "Answer generate stream",
     "eval.metrics": "exact_match score_rows wilson",

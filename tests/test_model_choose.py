@@ -133,7 +133,7 @@ def test_spans_and_slots_come_back_from_their_own_labels(checkpoint):
         encoded = [choose._encode_text(r, tok, model) for r in rows]
         told = {tuple(e["input_ids"]): e["labels"] for e in encoded}
         read = choose._read_texts(Told(model.config, told), tok, rows)
-        known = lambda ids: tok.sep_token_id in ids and tok.unk_token_id not in ids  # noqa: E731
+        known = lambda ids: tok.sep_token_id in ids and tok.unk_token_id not in ids
         short = [i for i, e in enumerate(encoded) if known(e["labels"])]
         assert len(short) > 10
         assert all(choose._key(read[i]) == choose._key(rows[i]["target"]) for i in short)
