@@ -887,7 +887,7 @@ def _dry_loss(model: Any, data: dict[str, torch.Tensor]) -> torch.Tensor:
     head = next(part for name, part in inner.named_children() if name in _heads(inner))
     return torch.nn.functional.cross_entropy(head(body.last_hidden_state[:, -1]), labels)
 
-# %% ../../nbs/model/41_load.ipynb #deba4fc6
+# %% ../../nbs/model/41_load.ipynb #a34c5fbc
 def training_memory(
     model: PreTrainedModel,  # not changed; an adapter or frozen parts count as they are
     batch: int,  # `B`, rows a step
@@ -898,7 +898,7 @@ def training_memory(
     """Predict the memory of a training step from shapes alone: nothing is computed or allocated
 
     AdamW (fused), gradients set to None between steps. Activations are what the forward pass keeps;
-    the peak is less than the sum, since they shrink while gradients grow.
+    the peak is not the sum: they shrink while gradients grow, and temporaries come on top.
     Raises `InputError` for a quantised model, and where the step cannot run."""
     if getattr(_inner(model), "is_quantized", False):
         raise InputError("training_memory: the model is quantised; give the base as it was saved.")
